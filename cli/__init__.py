@@ -1,0 +1,30 @@
+"""The command line: one small file per verb. Exit codes: 0 done, 1 the work failed, 2 bad input."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the `halfweight` command; every expected error is one line on stderr."""
+    # The progress bars and warnings of the libraries below would bury our own; users can turn them on again.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import typer
+
+    from ..serving.errors import HalfweightError
+    from .app import app
+    from .output import fail
+
+    try:
+        app()
+    except HalfweightError as error:
+        fail(str(error), error.exit_code)
+    except MemoryError:
+        fail("out of memory; `halfweight plan` shows what a run needs, fewer --samples need less", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted; a compression keeps its finished blocks and resumes with the same command", 130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,49 @@
+"""The typer application: every verb is registered here, in the order users meet them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .compress import compress
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+from .inspect import inspect
+from .plan import plan
+from .recipes import recipes
+
+app = typer.Typer(
+    name="halfweight",
+    help="Compress language models with structure that GPUs can use, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"halfweight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(demo)
+app.command()(plan)
+app.command()(compress)
+app.command("eval")(evaluate)
+app.command()(inspect)
+app.command()(generate)
+app.command()(recipes)

@@ -1,0 +1,93 @@
+"""`halfweight compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .output import human_bytes, human_seconds, out, progress_bars, say, table, write_json
+
+if TYPE_CHECKING:
+    from ..compress.report import CompressionReport
+
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: a .txt or .jsonl file, a hub dataset, builtin, or self (the model's own)."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows; overrides the recipe (default 32).")]
+Seqlen = Annotated[int | None, typer.Option(min=2, help="Tokens per window; overrides the recipe (default 1024).")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the windows; overrides the recipe (default 0).")]
+
+
+def compress(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create.")],
+    recipe: options.RecipeName = "2of4-admm",
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty DIR when done.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard unfinished work in DIR.partial.")] = False,
+    json: options.Json = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Calibrate, compress, write, reload and verify. An interrupted run resumes with the same command.
+
+    Examples:
+
+        halfweight compress demo --recipe 2of4-admm --out smollm2-2of4
+
+        halfweight compress ./my-llama --recipe 2of4-sparsegpt --out my-2of4 --calibration text.jsonl --samples 64
+    """
+    from ..compress.driver import compress_checkpoint
+    from ..compress.recipe import Recipe
+
+    loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
+    with progress_bars() as progress:
+        report = compress_checkpoint(
+            model,
+            loaded,
+            output,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    write_json(json, report)
+    show(report)
+
+
+def show(report: CompressionReport) -> None:
+    """The summary table of a finished compression."""
+    if report.note:
+        say(f"note: {report.note}")
+    worst = max(report.layers, key=lambda layer: layer.error)
+    rows = table(f"{report.out}: {report.model} by {report.recipe}", "", "", left=2)
+    rows.add_row(
+        "linears compressed",
+        f"{len(report.layers)} in {report.blocks} blocks ({report.blocks_resumed} resumed)",
+    )
+    rows.add_row(
+        "effective bits",
+        f"{report.effective_bits:.3f} linears, {report.effective_bits_model:.3f} whole model",
+    )
+    rows.add_row("size on disk", human_bytes(report.bytes))
+    rows.add_row("relative output error", f"worst {worst.error:.3f} at {worst.name}")
+    rows.add_row(
+        "dev perplexity",
+        f"dense {report.dev.dense:.2f} -> compressed {report.dev.compressed:.2f} ({report.dev.tokens} tokens,"
+        f" {report.calibration_data} text held out)",
+    )
+    rows.add_row("verified", f"reloaded outputs differ by {report.verification.relative_difference:.1e}")
+    rows.add_row("time, peak memory", f"{human_seconds(report.seconds)}, {report.peak_rss_gb:.2f} GB")
+    out.print(rows)

@@ -1,0 +1,1 @@
+"""Recipe -> calibration -> passes -> compressed checkpoint."""

@@ -1,0 +1,238 @@
+"""Walks a decoder block by block without ever holding the whole model.
+
+The model is built on the meta device, so it has structure and no weights. One skeleton forward pass, with every block
+replaced by the identity, yields the embedded inputs and the exact keyword arguments (masks, rotary tables, positions)
+that the model would give to each block; after that a block can be materialized alone, run, and dropped. No model's
+forward pass is reimplemented here, which is why any decoder whose blocks are a module list works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..serving.checkpoint import Checkpoint, TensorInfo
+from ..serving.errors import InputError
+from ..serving.linear import check_linears
+from ..serving.skeleton import build_skeleton, context_length, find_blocks, tensor_names, tied_names
+
+
+class BlockWalker:
+    """Streams a checkpoint, dense or compressed, through its decoder blocks.
+
+    Attributes: `model` (the skeleton), `prefix` (name of the block list, such as `model.layers`), `n_blocks`,
+    `max_length` (the model's context in tokens, or None).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        """Builds the skeleton from the config; reads no weights. `dtype` is what blocks compute in.
+
+        Raises InputError when the model is not causal, has no block list, or lacks tensors in the checkpoint.
+        """
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.model = build_skeleton(checkpoint, dtype)
+        _computed_buffers_to(self.model, device)
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.n_blocks = len(self.blocks)
+        self._names = tensor_names(self.model, checkpoint.tensors)
+        self.max_length = context_length(self.model.config)
+        # Arguments of each block by window length, and what each block returns besides the hidden states.
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._extras: dict[int, tuple[Any, ...] | None] = {}
+
+    # --- names -------------------------------------------------------------------------------------------------
+
+    def block_prefix(self, index: int) -> str:
+        """Dotted name of block `index`, such as `model.layers.3`."""
+        return f"{self.prefix}.{index}"
+
+    def block_linears(self, index: int) -> dict[str, nn.Linear]:
+        """The (possibly weightless) linears of block `index` by full name, in forward order of definition."""
+        prefix = self.block_prefix(index)
+        return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(N, K)` of every linear in the blocks, by full name."""
+        names = [self.block_linears(index) for index in range(self.n_blocks)]
+        return {n: (m.out_features, m.in_features) for linears in names for n, m in linears.items()}
+
+    def stored(self) -> dict[str, TensorInfo]:
+        """State-dict name -> header entry of every tensor the checkpoint holds for the model, tied copies left out."""
+        tied = tied_names(self.model)
+        return {name: self.checkpoint.info(stored) for name, stored in self._names.items() if name not in tied}
+
+    def outside_names(self) -> list[str]:
+        """State-dict names of every stored tensor outside the blocks."""
+        return [name for name in self.stored() if not name.startswith(self.prefix + ".")]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of state-dict name `name` in its stored dtype."""
+        return self.checkpoint.read(self._names[name])
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in `dtype` on `device`; they are dropped again at the end of the `with`."""
+        block = self.blocks[index]
+        self._materialize(block, self.block_prefix(index))
+        check_linears(block, f"{self.checkpoint.path}: {self.block_prefix(index)}")
+        try:
+            yield block
+        finally:
+            _to_meta(block)
+
+    def _materialize(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+        names, tied = self._names, tied_names(self.model)
+        state = {}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            full = f"{prefix}.{key}" if prefix else key
+            if skip is not None and full.startswith(skip):
+                continue
+            if full not in names:
+                if full not in tied:
+                    raise InputError(f"{self.checkpoint.path}: tensor {full} is missing from the checkpoint")
+                continue
+            info = self.checkpoint.info(names[full])
+            if info.shape != tuple(tensor.shape):
+                raise InputError(
+                    f"{info.file}: tensor {names[full]} has shape {list(info.shape)}, expected {list(tensor.shape)}"
+                )
+            wanted = self.dtype if info.dtype.is_floating_point else None
+            state[key] = self.checkpoint.read(names[full], wanted, self.device)
+        module.load_state_dict(state, assign=True, strict=False)
+        module.requires_grad_(False)
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Embeddings, final norm and head with weights, for the length of the `with`; tied weights are shared."""
+        self._materialize(self.model, "", skip=self.prefix + ".")
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for name, child in self.model.named_modules():
+                if not (name + ".").startswith(self.prefix + "."):
+                    _to_meta(child, recurse=False)
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, windows: list[Tensor]) -> list[Tensor]:
+        """Inputs `[1, T, D]` of block 0 for each token window `[T]`; learns every block's arguments on the way."""
+        hidden: list[Tensor] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            x, args, kwargs = _split_hidden(args, kwargs)
+            calls = self._calls.setdefault(x.shape[1], [])
+            if len(calls) == index:
+                calls.append((args, kwargs))
+            if index == 0:
+                hidden.append(x)
+            return x
+
+        with self._outside(), self._replaced_blocks(record):
+            for window in windows:
+                self.model(input_ids=window.to(self.device)[None], use_cache=False, **self._keep(slice(0, 1)))
+        return hidden
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+        """Output `[1, T, D]` of block `index` for `x` `[1, T, D]`, with the arguments the model itself would pass."""
+        args, kwargs = self._calls[x.shape[1]][index]
+        out = block(x, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def losses(self, hidden: list[Tensor], windows: list[Tensor], chunk: int = 256) -> list[Tensor]:
+        """Next-token cross entropy `[T - 1]` (nats, fp32) per window, from the last block's outputs `hidden`.
+
+        The final norm, the head and any logit scaling run in the model's own code, `chunk` tokens at a time, so that
+        a large vocabulary does not need a `[T, V]` tensor.
+        """
+        losses = []
+        with self._outside():
+            for x, window in zip(hidden, windows, strict=True):
+                targets = window.to(self.device)[1:]
+                parts = []
+                for start in range(0, len(targets), chunk):
+                    stop = min(start + chunk, len(targets))
+                    logits = self._logits(x, window, slice(start, stop))
+                    parts.append(nn.functional.cross_entropy(logits.float(), targets[start:stop], reduction="none"))
+                losses.append(torch.cat(parts))
+        return losses
+
+    def _logits(self, x: Tensor, window: Tensor, keep: slice) -> Tensor:
+        """Logits `[tokens, V]` for positions `keep`, with `x` in place of the last block's output."""
+
+        def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return x if index == self.n_blocks - 1 else _split_hidden(args, kwargs)[0]
+
+        with self._replaced_blocks(skip):
+            out = self.model(input_ids=window.to(self.device)[None], use_cache=False, **self._keep(keep))
+        logits: Tensor = out.logits[0]
+        return logits if len(logits) == keep.stop - keep.start else logits[keep]
+
+    def _keep(self, keep: slice) -> dict[str, Any]:
+        """`logits_to_keep` for models that can skip the other positions' logits."""
+        import inspect
+
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return {}
+        return {"logits_to_keep": torch.arange(keep.start, keep.stop, device=self.device)}
+
+    @contextmanager
+    def _replaced_blocks(self, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Replace each block's forward by `stand_in(index, args, kwargs) -> hidden`, in the block's own return form."""
+
+        def make(index: int, block: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = stand_in(index, args, kwargs)
+                if index not in self._extras:
+                    # Run the block once without data to learn whether it returns a tensor or a tuple.
+                    meta_args, meta_kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+                    out = type(block).forward(block, *meta_args, **meta_kwargs)
+                    self._extras[index] = out[1:] if isinstance(out, tuple) else None
+                extra = self._extras[index]
+                return hidden if extra is None else (hidden, *extra)
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = make(index, block)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Separate a block call's hidden states from its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], args, {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+def _to_meta(module: nn.Module, recurse: bool = True) -> None:
+    """Drop `module`'s parameters and persistent buffers; computed buffers such as rotary tables stay."""
+    for child in module.modules() if recurse else [module]:
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to("meta")
+
+
+def _computed_buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move buffers that have data (computed at construction, such as rotary tables) to `device`."""
+    for child in model.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)

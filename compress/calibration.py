@@ -1,0 +1,146 @@
+"""Calibration text to token windows: deterministic by seed, offline by default, with a held-out dev set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..eval.text import bos_token, builtin_text, consecutive_windows, read_text, tokenize, with_bos
+from ..serving.errors import InputError
+from ..serving.load import load
+from .recipe import Calibration
+
+# Calibration draws from the first 90 % of the tokens; the rest is the dev set, for reports, tuning and early stopping.
+CALIBRATION_PERCENT = 90
+DEV_SHARE = 16  # one dev window per this many calibration windows
+
+_CHARACTERS_PER_TOKEN = 8  # generous, to know how much of a hub dataset to read
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids `[L]`, int64: `calibration`, and `dev`, never calibrated on; the text had `text_tokens`."""
+
+    calibration: list[Tensor]
+    dev: list[Tensor]
+    text_tokens: int
+
+
+def load_windows(
+    settings: Calibration,
+    tokenizer: Any,
+    model: Path,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Windows:
+    """Windows for `settings`. `model` (its folder) is only loaded for `data: self`.
+
+    Raises InputError when the windows exceed the model's context `max_length` or the text is too short.
+    """
+    if max_length is not None and settings.seqlen > max_length:
+        raise InputError(
+            f"calibration windows of {settings.seqlen} tokens exceed the model's context of {max_length};"
+            f" use --seqlen {max_length} or less"
+        )
+    bos = bos_token(tokenizer)
+    if settings.data == "self":
+        return self_windows(settings, model, bos)
+    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos)
+
+
+def text_windows(tokens: Tensor, settings: Calibration, bos: int | None) -> Windows:
+    """`settings.samples` windows at random starts of the first 90 % of `tokens` `[n]`; dev windows from the rest.
+
+    Starts are `torch.randint(0, n_calibration - seqlen, (samples,))` with a generator seeded by `settings.seed`.
+    """
+    cut = len(tokens) * CALIBRATION_PERCENT // 100
+    length = settings.seqlen
+    if cut - length < 1:
+        raise InputError(
+            f"calibration text has {len(tokens)} tokens, of which {cut} are for calibration; windows of {length} need"
+            f" at least {length + 1}: use more text or a smaller --seqlen"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    starts = torch.randint(0, cut - length, (settings.samples,), generator=generator).tolist()
+    calibration = [with_bos(tokens[start : start + length], bos) for start in starts]
+    rest = tokens[cut:]
+    if len(rest) < 2:
+        raise InputError(
+            f"calibration text has {len(tokens)} tokens; its last 10 % must hold at least 2 for the dev set"
+        )
+    dev = consecutive_windows(rest, min(length, len(rest)), bos, max(1, settings.samples // DEV_SHARE))
+    return Windows(calibration, dev, len(tokens))
+
+
+def self_windows(settings: Calibration, model: Path, bos: int | None, batch: int = 8) -> Windows:
+    """Windows sampled from the model itself (LLM-QAT, arXiv 2305.17888): needs no text, but holds the whole model.
+
+    Each starts from a uniformly random token, after BOS where the model wants one, and is sampled at temperature 1.
+    """
+    network = load(model)
+    dev_count = max(1, settings.samples // DEV_SHARE)
+    vocabulary = network.config.get_text_config().vocab_size
+    lead = [] if bos is None else [torch.full((batch, 1), bos)]
+    rows: list[Tensor] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(settings.seed)
+        while len(rows) < settings.samples + dev_count:
+            prompt = torch.cat([*lead, torch.randint(0, vocabulary, (batch, 1))], dim=1).to(network.device)
+            prompt = prompt[: settings.samples + dev_count - len(rows)]
+            new = settings.seqlen - prompt.shape[1]
+            output = network.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=new,
+                min_new_tokens=new,
+            )
+            rows.extend(output.cpu().unbind())
+    return Windows(rows[: settings.samples], rows[settings.samples :], sum(len(row) for row in rows))
+
+
+def _text(settings: Calibration) -> str:
+    if settings.data == "builtin":
+        return builtin_text("calibration")
+    path = Path(settings.data)
+    if path.exists() or path.suffix in (".txt", ".jsonl", ".gz", ".md"):
+        return read_text(path)
+    return _hub_text(settings)
+
+
+def _hub_text(settings: Calibration) -> str:
+    """As much as needed of the `text` column of a hub dataset's train split (`name` or `name:configuration`)."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"calibration data {settings.data!r} is not a file, and reading it from the hub needs the datasets package:"
+            " pip install 'halfweight[eval]'"
+        ) from None
+    name, _, configuration = settings.data.partition(":")
+    needed = settings.samples * settings.seqlen * _CHARACTERS_PER_TOKEN
+    documents: list[str] = []
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        for row in rows:
+            documents.append(row["text"])
+            needed -= len(row["text"])
+            if needed <= 0:
+                break
+    except KeyError:
+        raise InputError(f"calibration dataset {settings.data!r} has no column `text`") from None
+    except Exception as error:  # the datasets package raises many kinds; all mean the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"calibration data {settings.data!r}: no such file, and not readable from the hub ({reason})"
+        ) from None
+    if not documents:
+        raise InputError(f"calibration dataset {settings.data!r} is empty")
+    return "\n\n".join(documents)

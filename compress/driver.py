@@ -1,0 +1,300 @@
+"""The one sequential driver: embed once, then per block collect, solve, replace, propagate, write."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..eval.perplexity import summarize
+from ..serving.checkpoint import Checkpoint
+from ..serving.errors import InputError, RunError
+from ..serving.inspect import inspect_checkpoint
+from ..serving.linear import pack_weight, unpack_weight
+from ..serving.load import load_tokenizer, resolve_device, resolve_dtype, stored_dtype
+from ..serving.scheme import ArtifactConfig
+from ..serving.sources import resolve_model
+from . import writer
+from .blocks import BlockWalker
+from .calibration import Windows, load_windows
+from .journal import JOURNAL, Journal, fingerprint
+from .passes import PASSES, StageConfig
+from .passes.hessian import HessianError
+from .recipe import Recipe
+from .report import CompressionReport, DevPerplexity, LayerReport, OnProgress, Progress, Verification, silent
+from .statistics import InputStatistics, collect, keep_inputs
+
+_SHARD_BYTES = 2 * 2**30
+# Reloaded outputs must match the run's own up to the compute dtype's rounding.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def compress_checkpoint(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: OnProgress = silent,
+) -> CompressionReport:
+    """Compress `model` by `recipe` into the new checkpoint folder `out`, verify it by reloading, and report.
+
+    `model` is a folder, a hub id, a GGUF file or `demo`; `recipe` a Recipe, a file or a shipped name. Blocks are
+    computed in `dtype` on `device` and stored in the checkpoint's own dtype. Memory stays at a block or two, the
+    embeddings and the calibration activations. Interrupted work stays in `OUT.partial`, and the same call resumes it;
+    `fresh` discards it. Raises InputError for bad input and RunError when the work fails; `out` appears only when everything succeeded.
+    """
+    begin = time.monotonic()
+    out = Path(out)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    source = resolve_model(
+        str(model),
+        trust_remote_code=trust_remote_code,
+        report=lambda text: progress(Progress("model", 0, 1, text)),
+    )
+    checkpoint = Checkpoint(source.path)
+    if checkpoint.artifact is not None:
+        raise InputError(f"{model}: is compressed by halfweight already; start from the dense checkpoint")
+    where = resolve_device(device)
+    walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
+    stages = recipe.resolve(walker.linear_shapes())
+    partial = writer.prepare(out, overwrite)
+    writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+    windows = load_windows(recipe.calibration, load_tokenizer(source.path), source.path, walker.max_length)
+    identity = fingerprint(
+        checkpoint, [*windows.calibration, *windows.dev], recipe.to_yaml(), str(walker.dtype), where.type
+    )
+    journal = Journal(partial, identity, fresh)
+    run = _Run(walker, stages, windows, journal, progress)
+    resumed = run.all_blocks()
+
+    scheme = ArtifactConfig(linears={name: stage.scheme() for name, stage in stages.items()})
+    _assemble(partial, walker, scheme, recipe)
+    progress(Progress("verify", 0, 1))
+    verification, compressed_losses = run.verify(partial)
+    dense_losses = walker.losses(run.dev_dense, windows.dev)
+    inspection = inspect_checkpoint(partial)
+    report = CompressionReport(
+        model=source.name,
+        note=source.note,
+        recipe=recipe.name,
+        out=str(out),
+        seconds=time.monotonic() - begin,
+        peak_rss_gb=peak_rss_gb(),
+        blocks=walker.n_blocks,
+        blocks_resumed=resumed,
+        effective_bits=inspection.effective_bits,
+        effective_bits_model=inspection.effective_bits_model,
+        linear_bytes_ratio=inspection.linear_bytes_ratio,
+        bytes=inspection.bytes,
+        calibration_data=recipe.calibration.data,
+        calibration_tokens=sum(len(window) for window in windows.calibration),
+        seed=recipe.calibration.seed,
+        dtype=str(walker.dtype).removeprefix("torch."),
+        device=str(where),
+        dev=DevPerplexity(
+            dense=summarize(dense_losses)[0],
+            compressed=summarize(compressed_losses)[0],
+            tokens=sum(len(loss) for loss in dense_losses),
+            windows=len(windows.dev),
+            seqlen=len(windows.dev[0]),
+        ),
+        verification=verification,
+        layers=run.layers,
+        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+    )
+    writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
+    (partial / JOURNAL).unlink()
+    writer.publish(partial, out)
+    progress(Progress("verify", 1, 1))
+    return report
+
+
+class _Run:
+    """State that moves from block to block: the activation streams, and what has been reported so far."""
+
+    def __init__(
+        self,
+        walker: BlockWalker,
+        stages: dict[str, StageConfig],
+        windows: Windows,
+        journal: Journal,
+        progress: OnProgress,
+    ) -> None:
+        self.walker, self.stages, self.windows, self.journal, self.progress = (
+            walker,
+            stages,
+            windows,
+            journal,
+            progress,
+        )
+        self.tensors = walker.stored()
+        self.layers: list[LayerReport] = []
+
+    def all_blocks(self) -> int:
+        """Embed, then take every block through its work; returns how many were resumed from the journal."""
+        walker = self.walker
+        self.progress(Progress("embed", 0, 1))
+        hidden = walker.embed([*self.windows.calibration, *self.windows.dev])
+        count = len(self.windows.calibration)
+        self.hidden, self.dev, self.dev_dense = hidden[:count], hidden[count:], list(hidden[count:])
+        if self.journal.done("outside.safetensors") is None:
+            tensors = {name: walker.read(name) for name in walker.outside_names()}
+            writer.write_part(self.journal.folder / "outside.safetensors", tensors)
+            self.journal.record("outside.safetensors")
+            del tensors
+        resumed = 0
+        for index in range(walker.n_blocks):
+            resumed += self._one_block(index)
+        return resumed
+
+    def _one_block(self, index: int) -> bool:
+        """Solve block `index`, or take it from the journal; propagate both dev streams and the calibration stream."""
+        walker, part = self.walker, f"block-{index:05d}.safetensors"
+        self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
+        with walker.block(index) as block:
+            self.dev_dense = [walker.run(index, block, x) for x in self.dev_dense]
+            linears = {n: m for n, m in walker.block_linears(index).items() if n in self.stages}
+            entry = self.journal.done(part)
+            if entry is not None:
+                self._restore(part, linears)
+                self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
+            else:
+                layers = self._solve(index, block, linears)
+                writer.write_part(self.journal.folder / part, self._part(index, block))
+                self.journal.record(part, layers=[layer.model_dump() for layer in layers])
+                self.layers += layers
+            for stream in (self.hidden, self.dev):
+                for i, x in enumerate(stream):
+                    stream[i] = walker.run(index, block, x)
+        self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
+        return entry is not None
+
+    def _solve(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[LayerReport]:
+        """Collect statistics of the compressed stream, then solve and replace every linear of the block."""
+        walker = self.walker
+        by_need: dict[bool, dict[str, nn.Linear]] = {True: {}, False: {}}
+        for name, linear in linears.items():
+            by_need[PASSES[self.stages[name].name].needs == "hessian"][name] = linear
+        with collect(by_need[True], hessian=True) as full, collect(by_need[False], hessian=False) as light:
+            for x in self.hidden:
+                walker.run(index, block, x)
+        statistics = {**full, **light}
+        with keep_inputs(linears) as held_out:
+            walker.run(index, block, self.dev[0])
+        layers = []
+        for name, linear in linears.items():
+            layers.append(self._solve_linear(name, linear, statistics.get(name), held_out.get(name)))
+            done = f"{name.removeprefix(walker.block_prefix(index) + '.')} error {layers[-1].error:.4f}"
+            self.progress(Progress("blocks", index, walker.n_blocks, f"{walker.block_prefix(index)} {done}"))
+        return layers
+
+    def _solve_linear(
+        self, name: str, linear: nn.Linear, statistics: InputStatistics | None, held_out: Tensor | None
+    ) -> LayerReport:
+        stage = self.stages[name]
+        if statistics is None or held_out is None:
+            raise RunError(f"{name}: received no calibration tokens; ignore it in the recipe or use more samples")
+        statistics.require_usable(name)
+        weight = linear.weight.float()
+        try:
+            result = PASSES[stage.name].solve(weight, statistics, stage)
+        except HessianError as unusable:
+            raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
+        stored = self.tensors[f"{name}.weight"].dtype
+        rounded = result.weight.to(stored).to(linear.weight.dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise RunError(
+                f"{name}: compressed weights are not finite in {stored}; raise damping, or keep the layer dense"
+            )
+        error = relative_error(held_out.float(), weight, rounded.float())
+        linear.weight = nn.Parameter(rounded, requires_grad=False)
+        scheme = stage.scheme()
+        return LayerReport(
+            name=name,
+            shape=(weight.shape[0], weight.shape[1]),
+            method=stage.name,
+            pattern=scheme.pattern,
+            density=float(result.mask.float().mean()),
+            error=error,
+            stats=result.stats,
+        )
+
+    def _part(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """Everything to store for a block: packed linears, and its other tensors as the checkpoint has them."""
+        walker, prefix = self.walker, self.walker.block_prefix(index)
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in block.state_dict().items():
+            full = f"{prefix}.{key}"
+            module = full.removesuffix(".weight")
+            if full.endswith(".weight") and module in self.stages:
+                packed = pack_weight(tensor.to(self.tensors[full].dtype), self.stages[module].scheme())
+                tensors.update({f"{module}.{suffix}": value for suffix, value in packed.items()})
+            else:
+                tensors[full] = walker.read(full)
+        return tensors
+
+    def _restore(self, part: str, linears: dict[str, nn.Linear]) -> None:
+        """Put the weights of a finished part into the dense block's linears."""
+        tensors = writer.read_part(self.journal.folder / part)
+        for name, linear in linears.items():
+            suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
+            weight = unpack_weight(suffixes, self.stages[name].scheme())
+            linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
+
+    def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
+        """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.
+
+        Raises RunError on a mismatch.
+        """
+        reloaded = BlockWalker(Checkpoint(folder), self.walker.device, self.walker.dtype)
+        stream = reloaded.embed(self.windows.dev)
+        for index in range(reloaded.n_blocks):
+            with reloaded.block(index) as block:
+                stream = [reloaded.run(index, block, x) for x in stream]
+        difference = max(float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True))
+        tolerance = _TOLERANCE.get(self.walker.dtype, 1e-2)
+        if not difference <= tolerance:
+            raise RunError(
+                f"{folder}: the reloaded checkpoint's outputs differ by {difference:.2e} (relative RMS, allowed"
+                f" {tolerance:.0e}); the artifact was not published, please report this"
+            )
+        losses = [loss.cpu() for loss in reloaded.losses(stream, self.windows.dev)]
+        return Verification(relative_difference=difference, tolerance=tolerance), losses
+
+
+def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
+    """||x (W' - W)^T||^2 / ||x W^T||^2 for inputs `x` `[tokens, K]` and weights `[N, K]`; 0 when both are zero."""
+    wanted = float((x @ weight.T).square().sum())
+    lost = float((x @ (compressed - weight).T).square().sum())
+    return lost / wanted if wanted else 0.0
+
+
+def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe) -> None:
+    """Turn the parts in `partial` into a loadable checkpoint: shards, index, config, tokenizer, recipe."""
+    import json
+
+    parts = [partial / "outside.safetensors"]
+    parts += [partial / f"block-{index:05d}.safetensors" for index in range(walker.n_blocks)]
+    writer.merge_parts(parts, partial, _SHARD_BYTES)
+    config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.model_dump()}
+    config.pop("transformers_weights", None)
+    writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    writer.write_text(partial / "recipe.yaml", recipe.to_yaml())
+    writer.copy_companions(walker.checkpoint.path, partial)
+
+
+def peak_rss_gb() -> float:
+    """Peak resident memory of this process so far, in 10^9 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,102 @@
+"""Resume: which blocks are durably done, and whether this run is the one that did them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..serving.checkpoint import Checkpoint
+from ..serving.errors import InputError
+from .writer import disk_errors, write_text
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """`journal.jsonl` in the work folder: a fingerprint, then one line per finished part with its hash and report rows.
+
+    A part is written and synced before its line is; a line that does not parse, or whose part has another hash, ends
+    the valid prefix, and everything after it is done again.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
+        """Opens or starts the journal; raises InputError when `folder` holds another run's unfinished work."""
+        self.folder, self.file = folder, folder / JOURNAL
+        self.entries: list[dict[str, Any]] = []
+        lines = self._lines()
+        if lines and not fresh:
+            if lines[0].get("fingerprint") != fingerprint:
+                raise InputError(
+                    f"{folder}: holds an unfinished run of another model, data, recipe or dtype; finish that one, or"
+                    " pass --fresh to discard it"
+                )
+            self.entries = self._valid_prefix(lines[1:])
+        else:
+            for leftover in folder.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_text(self.file, "".join(json.dumps(e) + "\n" for e in [{"fingerprint": fingerprint}, *self.entries]))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if not isinstance(entry, dict):
+                    break
+                lines.append(entry)
+        return lines
+
+    def _valid_prefix(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        valid = []
+        for entry in entries:
+            part = self.folder / str(entry.get("part"))
+            if not part.is_file() or file_hash(part) != entry.get("sha256"):
+                break
+            valid.append(entry)
+        return valid
+
+    def done(self, part: str) -> dict[str, Any] | None:
+        """The entry of a finished part, or None."""
+        return next((entry for entry in self.entries if entry["part"] == part), None)
+
+    def record(self, part: str, **fields: Any) -> None:
+        """Append the entry of `part` (already durable) and make the line durable."""
+        entry = {"part": part, "sha256": file_hash(self.folder / part), **fields}
+        with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.entries.append(entry)
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint, windows: Iterable[Tensor], *settings: str) -> str:
+    """Hash over the model (config, tensor headers, shard sizes and times), the token windows and further settings."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, info in sorted(checkpoint.tensors.items()):
+        stat = info.file.stat()
+        digest.update(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for window in windows:
+        digest.update(window.numpy().tobytes())
+    for setting in settings:
+        digest.update(setting.encode() + b"\0")
+    return digest.hexdigest()

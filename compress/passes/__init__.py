@@ -1,0 +1,34 @@
+"""The passes. Adding one is a folder with `config.py` and `solver.py`, and a line in `PASSES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .admm.config import ADMMConfig
+from .admm.solver import solve as _admm
+from .base import Pass, PruneResult, PruningConfig, StageConfig
+from .magnitude.config import MagnitudeConfig
+from .magnitude.solver import solve as _magnitude
+from .sparsegpt.config import SparseGPTConfig
+from .sparsegpt.solver import solve as _sparsegpt
+from .wanda.config import WandaConfig
+from .wanda.solver import solve as _wanda
+
+PASSES: dict[str, Pass[Any]] = {
+    "magnitude": Pass(MagnitudeConfig, "nothing", _magnitude, "smallest weights go; needs no data"),
+    "wanda": Pass(WandaConfig, "norms", _wanda, "smallest |weight| * input norm goes; no weight update"),
+    "sparsegpt": Pass(SparseGPTConfig, "hessian", _sparsegpt, "optimal brain surgeon, column block by column block"),
+    "admm": Pass(ADMMConfig, "hessian", _admm, "least squares under a gradually tightening mask"),
+}
+
+__all__ = [
+    "PASSES",
+    "ADMMConfig",
+    "MagnitudeConfig",
+    "Pass",
+    "PruneResult",
+    "PruningConfig",
+    "SparseGPTConfig",
+    "StageConfig",
+    "WandaConfig",
+]

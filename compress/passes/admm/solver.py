@@ -1,0 +1,84 @@
+"""ADMM pruning with gradual masks (Boza 2024, arXiv 2401.02938) and a conjugate-gradient finish (as in ALPS,
+Meng et al. 2024, arXiv 2406.07831).
+
+Minimise tr((V - W) H (V - W)^T) over V under the pattern, in coordinates where H has a unit diagonal:
+
+    V <- (H + rho I)^-1 (H W + rho (Z - U)),   Z <- pattern(V + U),   U <- U + V - Z.
+
+The pattern's density falls from 1 to its target along 1 - s (1 - (1 - t)^3) (Zhu & Gupta 2017, arXiv 1710.01878), so
+that the weights have adapted before the last ones go.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...statistics import InputStatistics
+from ..base import PruneResult
+from ..hessian import damped_cholesky, revive_dead_inputs
+from ..masks import pattern_mask
+from .config import ADMMConfig
+
+
+def solve(weight: Tensor, statistics: InputStatistics, config: ADMMConfig) -> PruneResult:
+    """`weight` `[N, K]` fp32 and the input Hessian `[K, K]` -> updated weights under the chosen mask.
+
+    Raises HessianError when no damping makes the Hessian positive definite.
+    """
+    weight, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
+    norm = hessian.diagonal().sqrt()
+    target = weight * norm
+    hessian = hessian / norm / norm[:, None]
+    hessian.diagonal().add_(config.damping)
+    shifted = hessian.clone()
+    shifted.diagonal().add_(config.penalty)
+    factor, damping = damped_cholesky(shifted, 1e-6)
+    inverse = torch.cholesky_inverse(factor)
+    pull = target @ hessian
+
+    solution, dual = target, torch.zeros_like(target)
+    mask = torch.ones_like(target, dtype=torch.bool)
+    for step in range(1, config.iterations + 1):
+        proposal = solution + dual
+        mask = gradual_mask(proposal.abs(), config, step)
+        sparse = proposal * mask
+        dual = proposal - sparse
+        solution = (pull + config.penalty * (sparse - dual)) @ inverse
+    refined = conjugate_gradient(solution * mask, target, hessian, mask, config.refine)
+    return PruneResult((refined / norm) * mask, mask, {"damping": config.damping + damping})
+
+
+def gradual_mask(score: Tensor, config: ADMMConfig, step: int) -> Tensor:
+    """Mask `[N, K]` at `step` (from 1): the target pattern plus the best of the rest, down to it at `config.ramp`."""
+    pattern = pattern_mask(score, config)
+    if step >= config.ramp:
+        return pattern
+    kept = 1 - (1 - config.kept) * (1 - (1 - step / config.ramp) ** 3)
+    extra = round(kept * score.numel()) - int(pattern.sum())
+    if extra <= 0:
+        return pattern
+    rest = score[~pattern]
+    # What the pattern keeps is safe; the others compete across the whole layer.
+    return pattern | (score >= rest.kthvalue(len(rest) - extra + 1).values)
+
+
+def conjugate_gradient(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Minimise tr((V - target) hessian (V - target)^T) over V supported on `mask`, from `start`; rows are independent.
+
+    `start`, `target`, `mask` are `[N, K]`, `hessian` `[K, K]` has a near-unit diagonal, so no preconditioner is needed.
+    """
+    solution = start
+    residual = (target - solution) @ hessian * mask
+    direction = residual
+    power = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        product = direction @ hessian * mask
+        curvature = (direction * product).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, power / curvature, 0.0)
+        solution = solution + step * direction
+        residual = residual - step * product
+        fresh = residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(power > 0, fresh / power, 0.0) * direction
+        power = fresh
+    return solution

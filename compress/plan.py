@@ -1,0 +1,191 @@
+"""What a compression run will do, need and take, from the config and shard headers alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+from pydantic import BaseModel
+
+from ..serving.checkpoint import Checkpoint
+from ..serving.load import resolve_device, resolve_dtype, stored_dtype
+from ..serving.scheme import FUSED
+from ..serving.sources import resolve_model
+from .blocks import BlockWalker
+from .calibration import DEV_SHARE
+from .passes import PASSES, StageConfig
+from .recipe import Recipe
+
+_LOSS_CHUNK = 256  # positions whose logits exist at once
+_SOLVER_COPIES = {
+    "nothing": 2,
+    "norms": 3,
+    "hessian": 8,
+}  # fp32 arrays of a weight's size a solver holds at most
+_HESSIAN_COPIES = 4  # damped copy, factor, inverse, accumulated sum
+_MATMUL_SHARE = 0.6  # fraction of large-matmul speed that a whole run reaches, measured on the demo model
+
+
+class PlannedLayer(BaseModel):
+    """One linear `[N, K]`: what will happen to it, and its stored bits per weight before and after."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    pattern: str
+    bits_before: float
+    bits_after: float
+
+
+class Plan(BaseModel):
+    """`peak_memory_gb` (10^9 bytes) and `seconds` are modelled, from byte counts and the speed of one matmul on this
+    device; bits are defined as in `Inspection`."""
+
+    model: str
+    recipe: str
+    effective_bits: float
+    effective_bits_model: float
+    peak_memory_gb: float
+    seconds: float
+    device: str
+    dtype: str
+    blocks: int
+    parameters: int
+    layers: list[PlannedLayer]
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Plan the compression of `model` by `recipe` (arguments as in `compress_checkpoint`); reads no weights.
+
+    Raises InputError for everything that `compress_checkpoint` would refuse before it starts.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    source = resolve_model(str(model), trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(source.path)
+    where = resolve_device(device)
+    walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
+    shapes = walker.linear_shapes()
+    stages = recipe.resolve(shapes)
+
+    tensors = walker.stored()
+    layers = []
+    linear_bits = 0.0
+    for name, shape in shapes.items():
+        stored = tensors[f"{name}.weight"].dtype
+        before = 8.0 * stored.itemsize
+        after = stages[name].scheme().stored_bits(shape, stored) / prod(shape) if name in stages else before
+        linear_bits += after * prod(shape)
+        layers.append(
+            PlannedLayer(
+                name=name,
+                shape=shape,
+                method=stages[name].name if name in stages else "-",
+                pattern=stages[name].scheme().pattern if name in stages else "dense",
+                bits_before=before,
+                bits_after=after,
+            )
+        )
+    weights = sum(prod(shape) for shape in shapes.values())
+    biases = [tensors[f"{name}.bias"] for name in shapes if f"{name}.bias" in tensors]
+    linear_bits += 8 * sum(info.nbytes for info in biases)
+    linear_parameters = weights + sum(prod(info.shape) for info in biases)
+    counted = {f"{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
+    rest = [info for name, info in tensors.items() if name not in counted]
+    rest_parameters = sum(prod(info.shape) for info in rest)
+    return Plan(
+        model=source.name,
+        recipe=recipe.name,
+        effective_bits=linear_bits / linear_parameters,
+        effective_bits_model=(linear_bits + 8 * sum(i.nbytes for i in rest)) / (linear_parameters + rest_parameters),
+        peak_memory_gb=_peak_bytes(walker, recipe, stages, shapes) / 1e9,
+        seconds=_seconds(walker, recipe, stages, shapes),
+        device=str(where),
+        dtype=str(walker.dtype).removeprefix("torch."),
+        blocks=walker.n_blocks,
+        parameters=linear_parameters + rest_parameters,
+        layers=layers,
+    )
+
+
+def _inputs(stages: Mapping[str, StageConfig], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
+    """Compressed linears by the input they share, keyed by the first of them."""
+    groups: dict[tuple[str, object], list[str]] = {}
+    for name in shapes:
+        if name in stages:
+            parent, _, tail = name.rpartition(".")
+            fused = next((group for group in FUSED if tail in group), tail)
+            groups.setdefault((parent, fused), []).append(name)
+    return {members[0]: members for members in groups.values()}
+
+
+def _peak_bytes(
+    walker: BlockWalker,
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+) -> float:
+    """This process now, plus activations, plus the largest of: embedding, one block with its Hessians, the head."""
+    size = walker.dtype.itemsize
+    text = walker.model.config.get_text_config()
+    calibration = recipe.calibration
+    windows = calibration.samples + 2 * max(1, calibration.samples // DEV_SHARE)
+    streams = windows * calibration.seqlen * text.hidden_size * size
+    tensors = walker.stored()
+    outside = sum(prod(tensors[name].shape) for name in walker.outside_names()) * size
+    logits = 3 * min(_LOSS_CHUNK, calibration.seqlen) * text.vocab_size * 4
+    block = 0.0
+    for index in range(walker.n_blocks):
+        names = list(walker.block_linears(index))
+        held = sum(prod(shapes[n]) for n in names) * size
+        transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
+        hessians, solver = 0, 0
+        for first in _inputs(stages, {n: shapes[n] for n in names}):
+            needs = PASSES[stages[first].name].needs
+            n, k = shapes[first]
+            hessians += 4 * k * k if needs == "hessian" else 4 * k
+            solver = max(
+                solver,
+                4 * n * k * _SOLVER_COPIES[needs] + (4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 0),
+            )
+        block = max(block, held + hessians + max(solver, transient))
+    return psutil.Process().memory_info().rss + streams + max(outside + logits, block)
+
+
+def _seconds(
+    walker: BlockWalker,
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+) -> float:
+    """Two forward passes, the Hessians and the solvers' matmuls, at this device's measured matmul speed."""
+    tokens = recipe.calibration.samples * recipe.calibration.seqlen
+    operations = 2.2 * 2.0 * tokens * sum(prod(shape) for shape in shapes.values())
+    for first, members in _inputs(stages, shapes).items():
+        stage, k = stages[first], shapes[first][1]
+        if PASSES[stage.name].needs == "hessian":
+            operations += tokens * k * k * 1.3
+            rounds = getattr(stage, "iterations", 0) + getattr(stage, "refine", 0) or 1
+            operations += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
+    return operations / (_matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE)
+
+
+def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a 1024-cube matmul on `device`, the best of several over about 0.2 seconds."""
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    best, begin = 0.0, time.monotonic()
+    while time.monotonic() - begin < 0.2:
+        start = time.monotonic()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        best = max(best, 2 * 1024**3 / (time.monotonic() - start))
+    return best

@@ -1,0 +1,212 @@
+"""The recipe: one pydantic schema behind YAML files, CLI flags and Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import reduce
+from importlib import resources
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..serving.errors import InputError, did_you_mean
+from ..serving.scheme import FUSED, LinearScheme, parse_nm
+from .passes import PASSES, StageConfig
+
+# A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
+if TYPE_CHECKING:
+    AnyStage = StageConfig
+else:
+    AnyStage = Annotated[reduce(or_, (p.config for p in PASSES.values())), Field(discriminator="pass_")]
+
+
+class Calibration(BaseModel):
+    """Where calibration tokens come from and how many: `samples` windows of `seqlen` tokens, chosen by `seed`.
+
+    `data` is `builtin` (the text that ships with halfweight), `self` (text sampled from the model), a `.txt`, `.jsonl`
+    or `.jsonl.gz` file, or a dataset's name on the hub.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "builtin"
+    samples: int = Field(default=32, ge=1)
+    seqlen: int = Field(default=1024, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(BaseModel):
+    """What to do to a model: `stages` in order, and the calibration that informs them.
+
+    Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
+    `Recipe.parse`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "unnamed"
+    description: str = ""
+    calibration: Calibration = Calibration()
+    stages: tuple[AnyStage, ...] = Field(min_length=1)
+
+    @classmethod
+    def parse(
+        cls,
+        data: Mapping[str, Any],
+        where: str = "recipe",
+        lines: Mapping[tuple[Any, ...], int] | None = None,
+    ) -> Recipe:
+        """Validate `data`; raises InputError with one line: file, line if known, path, what is wrong, a hint."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise InputError(_one_line(error, where, lines or {})) from None
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A recipe from a YAML file, or one of the shipped recipes by name. Raises InputError."""
+        path = Path(name_or_path)
+        if path.suffix not in (".yaml", ".yml"):
+            named = named_recipes()
+            if str(name_or_path) not in named:
+                raise InputError(f"no recipe named {str(name_or_path)!r}{did_you_mean(str(name_or_path), list(named))}")
+            path = named[str(name_or_path)]
+        try:
+            text = path.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            data = yaml.safe_load(text)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe file; `halfweight recipes` lists the shipped ones") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: a recipe is a mapping with the key `stages`")
+        data.setdefault("name", path.stem)
+        return cls.parse(data, str(path), dict(_node_lines(root)))
+
+    def to_yaml(self) -> str:
+        """The complete recipe, defaults written out; `Recipe.load` of this text gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, width=100)
+
+    def with_calibration(self, **changes: Any) -> Recipe:
+        """A copy with the given calibration fields replaced where they are not None (flags override recipes)."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        calibration = Calibration.model_validate({**self.calibration.model_dump(), **given})
+        return self.model_copy(update={"calibration": calibration})
+
+    def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
+        """Which stage applies to which linear of a model with `shapes` (name -> `(N, K)`).
+
+        Raises InputError when a stage matches nothing, two stages prune one linear, a pattern does not divide an input
+        size, or linears that servers fuse (q/k/v, gate/up) end up with different schemes.
+        """
+        chosen: dict[str, StageConfig] = {}
+        owner: dict[str, int] = {}
+        for number, stage in enumerate(self.stages):
+            matched = [name for name in shapes if _matches(name, stage.targets) and not _matches(name, stage.ignore)]
+            where = f"recipe {self.name}: stages[{number}]"
+            for pattern in stage.targets:
+                if not any(_matches(name, [pattern]) for name in shapes):
+                    tails = sorted({name.rpartition(".")[2] for name in shapes})
+                    raise InputError(f"{where}.targets: {pattern!r} matches no linear{did_you_mean(pattern, tails)}")
+            if not matched:
+                raise InputError(f"{where}: ignore leaves no linear to work on")
+            for name in matched:
+                if name in chosen:
+                    raise InputError(
+                        f"{where}: {name} is already pruned by stages[{owner[name]}]; narrow targets or ignore it"
+                    )
+                nm = parse_nm(stage.scheme().pattern)
+                if nm is not None and shapes[name][1] % nm[1]:
+                    raise InputError(
+                        f"{where}.pattern: {stage.scheme().pattern} needs an input size divisible by {nm[1]}, but"
+                        f" {name} has {shapes[name][1]}; ignore it or choose another pattern"
+                    )
+                chosen[name], owner[name] = stage, number
+        _check_fused(self.name, {name: stage.scheme() for name, stage in chosen.items()}, shapes)
+        return chosen
+
+
+def named_recipes() -> dict[str, Path]:
+    """Shipped recipes: name -> file."""
+    folder = Path(str(resources.files(__package__.rpartition(".")[0]) / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name` matches any glob or `re:` expression; a glob without a dot is tried on the last part alone."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                if re.fullmatch(pattern[3:], name):
+                    return True
+            except re.error as error:
+                raise InputError(f"recipe: {pattern!r} is not a valid regular expression ({error})") from None
+        elif fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern):
+            return True
+    return False
+
+
+def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Iterable[str]) -> None:
+    siblings: dict[tuple[str, tuple[str, ...]], set[LinearScheme | None]] = {}
+    for name in shapes:
+        parent, _, tail = name.rpartition(".")
+        for group in FUSED:
+            if tail in group:
+                siblings.setdefault((parent, group), set()).add(schemes.get(name))
+    for (parent, group), found in siblings.items():
+        if len(found) > 1:
+            raise InputError(
+                f"recipe {recipe}: {parent}: {', '.join(group)} are fused by servers and must share one scheme;"
+                " target or ignore them together"
+            )
+
+
+def _node_lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> Iterable[tuple[tuple[Any, ...], int]]:
+    """(path, line number from 1) of every key and item below a YAML node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*path, key.value), key.start_mark.line + 1
+            yield from _node_lines(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*path, index), item.start_mark.line + 1
+            yield from _node_lines(item, (*path, index))
+
+
+def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...], int]) -> str:
+    """The first validation error as `file:line: path: what; suggestion`."""
+    first = error.errors()[0]
+    location = list(first["loc"])
+    fields: Mapping[str, Any] = Recipe.model_fields
+    if location[:1] == ["stages"] and len(location) > 2 and location[2] in PASSES:
+        # pydantic names the union's branch in the path; the user's file does not.
+        fields = PASSES[str(location.pop(2))].config.model_fields
+    elif location[:1] == ["calibration"]:
+        fields = Calibration.model_fields
+    shown = reduce(lambda text, part: f"{text}[{part}]" if isinstance(part, int) else f"{text}.{part}", location, "")
+    key = str(location[-1]) if location else ""
+    if first["type"] == "extra_forbidden":
+        options = [info.alias or name for name, info in fields.items()]
+        message = f"unknown key{did_you_mean(key, options)}"
+    elif first["type"] == "union_tag_invalid":
+        message = f"unknown pass {first['ctx']['tag']!r}{did_you_mean(str(first['ctx']['tag']), list(PASSES))}"
+        shown += ".pass"
+        location.append("pass")
+    elif first["type"] == "union_tag_not_found":
+        message = f"a stage needs the key `pass`; choose from {', '.join(sorted(PASSES))}"
+    else:
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ") + got
+    line = next(
+        (lines[tuple(location[:n])] for n in range(len(location), 0, -1) if tuple(location[:n]) in lines),
+        None,
+    )
+    return f"{where}{f':{line}' if line else ''}: {shown.lstrip('.') or 'recipe'}: {message}"

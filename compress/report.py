@@ -1,0 +1,82 @@
+"""What a compression run tells its user, as data: `report.json` and the CLI's tables come from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `done` of `total` steps of `stage`, and a `detail` such as the layer just solved."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """The progress callback of callers that do not want one."""
+
+
+class LayerReport(BaseModel):
+    """One compressed linear `[N, K]`. `error` is ||x (W' - W)^T||^2 / ||x W^T||^2 on held-out inputs x of the
+    compressed model; `stats` are the solver's own numbers, such as the damping it needed."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    pattern: str
+    density: float
+    error: float
+    stats: dict[str, float]
+
+
+class DevPerplexity(BaseModel):
+    """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text."""
+
+    dense: float
+    compressed: float
+    tokens: int
+    windows: int
+    seqlen: int
+
+
+class Verification(BaseModel):
+    """The written artifact, reloaded and run on the dev set: relative RMS difference from the run's own outputs."""
+
+    relative_difference: float
+    tolerance: float
+
+
+class CompressionReport(BaseModel):
+    """The result of `compress_checkpoint`. `seconds` is wall time and `peak_rss_gb` the peak resident memory of the
+    process (10^9 bytes); bits are defined in `serving/inspect.py`."""
+
+    model: str
+    note: str | None
+    recipe: str
+    out: str
+    seconds: float
+    peak_rss_gb: float
+    blocks: int
+    blocks_resumed: int
+    effective_bits: float
+    effective_bits_model: float
+    linear_bytes_ratio: float | None
+    bytes: int
+    calibration_data: str
+    calibration_tokens: int
+    seed: int
+    dtype: str
+    device: str
+    dev: DevPerplexity
+    verification: Verification
+    layers: list[LayerReport]
+    versions: dict[str, str]

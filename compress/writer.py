@@ -1,0 +1,201 @@
+"""Writing a checkpoint so that a crash at any moment leaves nothing that looks whole.
+
+Work goes on in `DIR.partial`: one safetensors part per block, each durable before the journal mentions it. At the end
+the parts become shards (copied byte for byte, so memory stays flat), and the folder is renamed to `DIR`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..serving.checkpoint import WEIGHTS_STEM, read_header
+from ..serving.errors import InputError, RunError
+from ..serving.transformers_plugin import write_index
+
+# Everything in a checkpoint folder that is not weights and belongs to the model.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+_COPY_BYTES = 2**24
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write below into one RunError line that names `path`, the reason and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            s in str(error) for s in ("os error 28", "os error 27")
+        )
+        advice = (
+            "free some space and run the same command again; it resumes" if full else "check the folder's permissions"
+        )
+        reason = (
+            "the disk is full or a size limit is reached" if full else (getattr(error, "strerror", None) or str(error))
+        )
+        raise RunError(f"cannot write {path}: {reason}; {advice}") from None
+
+
+def prepare(out: Path, overwrite: bool) -> Path:
+    """Create the work folder `OUT.partial`; raises InputError when `out` is taken, or cannot be written."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: exists and is not a folder; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"{out}: the folder is not empty; choose another --out, or pass --overwrite to replace it")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        probe = partial / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be written ({error.strerror}); choose another --out") from None
+    return partial
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise InputError when the file system of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 1e9:.2f} GB free, but the run needs up to {needed / 1e9:.2f} GB; free some space or"
+            " choose another --out"
+        )
+
+
+def write_part(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` to `file`: durable and whole when this returns, absent otherwise. Raises RunError."""
+    temporary = file.with_suffix(".tmp")
+    with disk_errors(file):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        commit(temporary, file)
+
+
+def read_part(file: Path) -> dict[str, Tensor]:
+    """The tensors of a part this run wrote earlier."""
+    return load_file(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` to `file` atomically and durably. Raises RunError."""
+    temporary = file.with_name(file.name + ".tmp")
+    with disk_errors(file):
+        temporary.write_text(text, encoding="utf-8")
+        commit(temporary, file)
+
+
+def commit(temporary: Path, file: Path) -> None:
+    """Rename `temporary` to `file` once its bytes are on disk."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def merge_parts(parts: list[Path], folder: Path, max_shard_bytes: int) -> None:
+    """Concatenate safetensors `parts`, in order, into shards of at most `max_shard_bytes` and write their index.
+
+    A part larger than the limit is a shard of its own. Tensor bytes are copied, never loaded.
+    """
+    shards: list[list[Path]] = []
+    filled = 0
+    for part in parts:
+        size = part.stat().st_size
+        if not shards or filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(part)
+        filled += size
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        name = f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with disk_errors(folder / name):
+            weight_map.update(dict.fromkeys(_concatenate(members, folder / name), name))
+    with disk_errors(folder):
+        write_index(folder, weight_map)
+
+
+def _concatenate(parts: list[Path], file: Path) -> list[str]:
+    """Write one safetensors file holding the tensors of `parts`; returns their names."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    sources = []
+    for part in parts:
+        with part.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            header[name] = {**entry, "data_offsets": [begin + offset, end + offset]}
+        size = sum(info.nbytes for info in read_header(part).values())
+        sources.append((part, 8 + length))
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part, start in sources:
+            with part.open("rb") as stream:
+                stream.seek(start)
+                shutil.copyfileobj(stream, out, _COPY_BYTES)
+    commit(temporary, file)
+    return [name for name in header if name != "__metadata__"]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation settings and licence files of the dense checkpoint. Raises RunError."""
+    with disk_errors(folder):
+        for pattern in _COMPANIONS:
+            for file in source.glob(pattern):
+                if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".py"):
+                    shutil.copyfile(file, folder / file.name)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Rename the finished `partial` to `out`; an old `out` disappears only after its replacement is in place."""
+    with disk_errors(out):
+        old = out.with_name(out.name + ".replaced")
+        if old.exists():
+            shutil.rmtree(old)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        sync_folder(out.parent)
+        if old.exists():
+            shutil.rmtree(old)

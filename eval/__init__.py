@@ -1,0 +1,1 @@
+"""Measuring models: perplexity today; every number states how it was made."""

@@ -1,0 +1,135 @@
+"""Perplexity over non-overlapping windows, with logits computed a few tokens at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from ..serving.errors import InputError
+from ..serving.load import load, load_tokenizer
+from ..serving.skeleton import context_length
+from .text import bos_token, builtin_text, consecutive_windows, read_text, tokenize
+
+
+class Perplexity(BaseModel):
+    """Result of `evaluate`. `tokens` were scored: each of `windows` windows of `seqlen` scores all but its first.
+
+    `bos` says whether the first token of every window was replaced by BOS; `standard_error` is of the perplexity, from
+    the spread of the windows' mean losses (None for one window); `seconds` excludes loading.
+    """
+
+    model: str
+    text: str
+    perplexity: float
+    standard_error: float | None
+    tokens: int
+    seqlen: int
+    windows: int
+    bos: bool
+    dtype: str
+    device: str
+    seconds: float
+
+
+def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
+    """Perplexity `exp(mean loss)` and its standard error (delta method) from per-window token losses in nats."""
+    mean = float(torch.cat(losses).double().mean())
+    if len(losses) < 2:
+        return math.exp(mean), None
+    means = torch.stack([loss.double().mean() for loss in losses])
+    return math.exp(mean), math.exp(mean) * float(means.std()) / math.sqrt(len(losses))
+
+
+@torch.no_grad()
+def window_losses(model: Any, window: Tensor, chunk: int = 256) -> Tensor:
+    """Next-token cross entropy `[T - 1]` (nats, fp32) of `model` on token ids `window` `[T]`.
+
+    The decoder runs once; the head then sees `chunk` positions at a time, because full logits of a 262k vocabulary
+    would take 1 GB per 1024 tokens.
+    """
+    ids = window.to(model.device)[None]
+    decoder = model.base_model
+    output = decoder(input_ids=ids, use_cache=False)
+    losses = []
+    with _decoder_returns(decoder, output):
+        for start in range(0, len(window) - 1, chunk):
+            keep = torch.arange(start, min(start + chunk, len(window) - 1), device=ids.device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, keep + 1], reduction="none"))
+    return torch.cat(losses)
+
+
+@contextmanager
+def _decoder_returns(decoder: Any, output: Any) -> Any:
+    """Within the `with`, calling `decoder` gives `output`: the model's own head code then runs on cached states."""
+    decoder.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    *,
+    windows: int | None = None,
+    seqlen: int = 1024,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a checkpoint folder, dense or compressed, on `text` (a file; default: the shipped held-out text).
+
+    The text is tokenized once and cut into non-overlapping windows of `seqlen` tokens, of which the first `windows`
+    (default: all) are scored; for tokenizers that add BOS, a window's first token is replaced by it. `progress(done,
+    total)` is called after each window. Raises InputError for a bad folder, text, device or dtype.
+    """
+    import time
+
+    tokenizer = load_tokenizer(model)
+    tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
+    bos = bos_token(tokenizer)
+    chosen = consecutive_windows(tokens, seqlen, bos, windows)
+    if windows is not None and len(chosen) < windows:
+        raise InputError(
+            f"the text fills {len(chosen)} windows of {seqlen} tokens, fewer than --windows {windows}; use more text"
+        )
+    network = load(model, device, dtype)
+    check_context(network.config, seqlen)
+    begin = time.monotonic()
+    losses = []
+    for index, window in enumerate(chosen):
+        losses.append(window_losses(network, window).cpu())
+        if progress is not None:
+            progress(index + 1, len(chosen))
+    perplexity, standard_error = summarize(losses)
+    return Perplexity(
+        model=str(model),
+        text="builtin" if text is None else str(text),
+        perplexity=perplexity,
+        standard_error=standard_error,
+        tokens=sum(len(loss) for loss in losses),
+        seqlen=seqlen,
+        windows=len(chosen),
+        bos=bos is not None,
+        dtype=str(network.dtype).removeprefix("torch."),
+        device=str(network.device),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def check_context(config: Any, seqlen: int) -> None:
+    """Raise InputError when windows of `seqlen` tokens do not fit the model's context."""
+    context = context_length(config)
+    if context is not None and seqlen > context:
+        raise InputError(
+            f"--seqlen {seqlen} is longer than the model's context of {context} tokens; use at most {context}"
+        )

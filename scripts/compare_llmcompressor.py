@@ -1,0 +1,430 @@
+"""Prune models to 2:4 with halfweight and with llm-compressor, and compare perplexity, seconds and memory.
+
+    python scripts/compare_llmcompressor.py --models smollm2=PATH gemma3=PATH --calibration C4.txt \\
+        --text WIKITEXT.txt --methods sparsegpt wanda admm --seeds 0 1 2 --out results/
+
+Both tools see the same calibration windows and run on the CPU as one child process each, measured from
+outside: wall seconds and peak resident memory of that process, imports included. `halfweight eval` scores the
+dense model and every pruned one. Runs of the two tools alternate, so slow spells of the machine hit both.
+Each finished run is a small JSON file in --out; the same command goes on where it stopped. halfweight's time
+includes tokenizing the calibration text; the peer is handed token ids.
+
+This process stays small on purpose: Linux counts the memory of the parent that starts a child into the
+child's peak, so whatever needs torch happens in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from peers.llmcompressor_oneshot import check_two_of_four
+from rich.console import Console
+from rich.table import Table
+
+PEER = "llmcompressor"
+OURS = "halfweight"
+PEER_PACKAGE = "llmcompressor>=0.14,<0.15"
+HALFWEIGHT = [sys.executable, "-m", OURS]
+PEER_SCRIPT = Path(__file__).resolve().parent / "peers" / "llmcompressor_oneshot.py"
+# halfweight's method -> the peer's method it is held against; the peer has no ADMM, so its best stands in.
+COUNTERPART = {"sparsegpt": "sparsegpt", "wanda": "wanda", "admm": "sparsegpt"}
+
+T = TypeVar("T")
+Record = dict[str, Any]
+Key = tuple[str, str, str, int]  # model, tool, method, seed
+console = Console()
+
+
+# --- windows: the calibration tokens both tools use ---
+
+
+def make_windows(model: Path, text: Path, samples: int, seqlen: int, seed: int, out: Path) -> str:
+    """Sample windows from the first 90 % of the text's tokens, save them, and return their SHA-256."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    usable = int(0.9 * len(tokens))
+    starts = torch.randint(0, usable - seqlen, (samples,), generator=torch.Generator().manual_seed(seed))
+    windows = torch.stack([tokens[start : start + seqlen] for start in starts.tolist()])
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        windows[:, 0] = tokenizer.bos_token_id
+    save_file({"input_ids": windows}, out)
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+# --- processes ---
+
+
+def in_fresh_process(function: Callable[..., T], *args: object) -> T:
+    """Call `function` in a new interpreter, so that what it imports and allocates never enters this one."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The same surroundings for every child: fixed threads, no GPU, no network look-ups."""
+    drop = {"PYTHONPATH", "VIRTUAL_ENV"}
+    count = str(threads)
+    fixed = {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    return {**kept, **fixed, **offline, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_child(command: Sequence[object], log: Path, threads: int) -> Record:
+    """Run a command to its end; return wall seconds, CPU seconds and peak resident memory in GB (1e9 bytes).
+
+    Memory is `ru_maxrss` from wait4, as /usr/bin/time reports it: the largest single process among the child
+    and the descendants it waited for, not their sum. Neither tool starts workers here.
+    """
+    words, load = [str(word) for word in command], os.getloadavg()[0]
+    begun = time.perf_counter()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=child_environment(threads))
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise SystemExit(f"exit status {process.returncode} from: {' '.join(words)}\n{tail}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gb": usage.ru_maxrss * unit / 1e9,
+        "load_before": load,
+    }
+
+
+def ensure_peer_python(args: argparse.Namespace) -> Path:
+    """Return the interpreter of the peer's environment, building that environment on the first call."""
+    if args.peer_python is not None:
+        return Path(args.peer_python)
+    folder: Path = args.work / "peer-env"
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.exists():
+        console.print(f"building the environment for {PEER_PACKAGE} in {folder}")
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        for requirement in (args.peer_torch, PEER_PACKAGE):
+            subprocess.run([str(python), "-m", "pip", "install", "-q", requirement], check=True)
+        done.write_text(f"{args.peer_torch}\n{PEER_PACKAGE}\n", encoding="utf-8")
+    return python
+
+
+# --- cells: one finished run each ---
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Record:
+    """The record in a JSON file, or an empty one when the file is not there."""
+    if not path.exists():
+        return {}
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def file_sha256(*paths: Path) -> str:
+    """SHA-256 over the contents of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Comparison:
+    """The runs that one command asks for, their files, and the report over them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.peer_python = ensure_peer_python(args)
+        self.protocol: Record = {
+            "samples": args.samples,
+            "seqlen": args.seqlen,
+            "eval_windows": args.windows,
+            "threads": args.threads,
+            "calibration_sha256": file_sha256(args.calibration),
+            "text_sha256": file_sha256(args.text),
+        }
+        self.cells: dict[Key, Record] = {}
+
+    def run(self) -> None:
+        """Make every cell, peer and halfweight in turn, and refresh the report after each seed."""
+        for model, folder in self.args.models.items():
+            weights = file_sha256(*sorted(folder.glob("*.safetensors")))
+            settings = {**self.protocol, "model_sha256": weights}
+            self.cell((model, "dense", "none", 0), settings)
+            for seed in self.args.seeds:
+                for method in self.args.methods:
+                    self.cell((model, PEER, COUNTERPART[method], seed), settings)
+                    self.cell((model, OURS, method, seed), settings)
+                self.report()
+
+    def cell(self, key: Key, settings: Record) -> None:
+        """Put the finished run for this key into `cells`, making it when there is none."""
+        if key in self.cells:
+            return
+        model, tool, method, seed = key
+        name = f"{model}.dense" if tool == "dense" else f"{model}.{tool}.{method}.seed{seed}"
+        path, work = self.args.out / f"{name}.json", self.args.work / name
+        record = {} if tool in self.args.fresh else read_json(path)
+        if record and record["settings"] != settings:
+            changed = sorted(item for item in settings if record["settings"].get(item) != settings[item])
+            raise SystemExit(f"{path} was made with other {', '.join(changed)}; add --fresh or change --out")
+        if not record:
+            console.print(f"[bold]{name}[/bold]")
+            record = {"model": model, "tool": tool, "method": method, "seed": seed, "settings": settings}
+            if tool == "dense":
+                work.mkdir(parents=True, exist_ok=True)
+                record["perplexity"] = self.perplexity(self.args.models[model], work)
+            else:
+                record |= self.measured(key, settings, work)
+                record["perplexity"] = self.perplexity(work / "model", work)
+            record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            write_json(path, record)
+            if not self.args.keep:
+                shutil.rmtree(work)
+        self.cells[key] = record
+
+    def measured(self, key: Key, settings: Record, work: Path) -> Record:
+        """Compress into `work`/model, or take over what an earlier, interrupted command measured."""
+        path = work / "measured.json"
+        earlier = {} if key[1] in self.args.fresh else read_json(path)
+        if earlier.get("settings") == settings:
+            return earlier
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        record = {**self.compress(key, work), "settings": settings}
+        write_json(path, record)
+        return record
+
+    def compress(self, key: Key, work: Path) -> Record:
+        """Run one tool once; leave the checkpoint in `work`/model and return what was measured."""
+        args, (model, tool, method, seed) = self.args, key
+        dense, out, inner = args.models[model], work / "model", work / "inner.json"
+        windows = args.work / f"{model}.seed{seed}.windows.safetensors"
+        digest = in_fresh_process(make_windows, dense, args.calibration, args.samples, args.seqlen, seed, windows)
+        if tool == PEER:
+            command = [self.peer_python, PEER_SCRIPT, dense, "--windows", windows, "--method", method]
+            command += ["--threads", args.threads]
+        else:
+            command = [*HALFWEIGHT, "compress", dense, "--recipe", f"2of4-{method}", "--overwrite"]
+            command += ["--calibration", args.calibration, "--samples", args.samples]
+            command += ["--seqlen", args.seqlen, "--seed", seed]
+        record = run_child([*command, "--out", out, "--json", inner], work / "compress.log", args.threads)
+        record |= {"inner": read_json(inner), "windows_sha256": digest}
+        if record["inner"].get("windows_sha256", digest) != digest:
+            raise SystemExit(f"{tool} calibrated {model} on other windows than this script made (seed {seed})")
+        if tool == PEER:
+            return record | in_fresh_process(check_two_of_four, dense, out)
+        inspect = [*HALFWEIGHT, "inspect", str(out), "--json"]
+        facts = json.loads(subprocess.run(inspect, check=True, capture_output=True, text=True).stdout)
+        return {**record, "linear_bytes_ratio": facts["linear_bytes_ratio"]}
+
+    def perplexity(self, folder: Path, work: Path) -> float:
+        """Score a checkpoint with `halfweight eval`."""
+        args, out = self.args, work / "eval.json"
+        command = [*HALFWEIGHT, "eval", folder, "--text", args.text, "--windows", args.windows]
+        run_child([*command, "--seqlen", args.seqlen, "--json", out], work / "eval.log", args.threads)
+        return float(read_json(out)["perplexity"])
+
+    def rows(self) -> list[Record]:
+        """One row per model, tool and method: means over seeds, and ratios to the peer's."""
+        rows: list[Record] = []
+        peers = dict.fromkeys(COUNTERPART[method] for method in self.args.methods)
+        wanted = [(PEER, method) for method in peers] + [(OURS, method) for method in self.args.methods]
+        for model in self.args.models:
+            if dense := self.cells.get((model, "dense", "none", 0)):
+                rows.append({"model": model, "tool": "dense", "method": "-", "perplexity": dense["perplexity"]})
+            for tool, method in wanted:
+                seeds = [seed for seed in self.args.seeds if (model, tool, method, seed) in self.cells]
+                if seeds:
+                    rows.append(self.row(model, tool, method, seeds))
+        return rows
+
+    def row(self, model: str, tool: str, method: str, seeds: list[int]) -> Record:
+        """Means of one tool and method over `seeds`; for halfweight also the ratios to the peer's means."""
+        own = [self.cells[model, tool, method, seed] for seed in seeds]
+        peer = [self.cells[model, PEER, COUNTERPART[method], seed] for seed in seeds]
+        row: Record = {"model": model, "tool": tool, "method": method, "seeds": seeds}
+        for name in ("perplexity", "seconds", "cpu_seconds", "peak_gb"):
+            row[name] = fmean(cell[name] for cell in own)
+            row[f"{name}_each"] = [cell[name] for cell in own]
+            if tool == OURS:
+                row[f"{name}_ratio"] = row[name] / fmean(cell[name] for cell in peer)
+        row["inner_seconds"] = fmean(cell["inner"]["seconds"] for cell in own)
+        if tool == OURS:
+            row["compared_with"] = COUNTERPART[method]
+            row["linear_bytes_ratio"] = fmean(cell["linear_bytes_ratio"] for cell in own)
+        return row
+
+    def report(self) -> None:
+        """Write compare.json and compare.md."""
+        machine = machine_facts()
+        machine["versions"][PEER] = next(c for c in self.cells.values() if c["tool"] == PEER)["inner"]["versions"]
+        whole = {"machine": machine, "protocol": self.protocol, "rows": self.rows()}
+        write_json(self.args.out / "compare.json", whole)
+        (self.args.out / "compare.md").write_text(markdown(**whole), encoding="utf-8")
+
+
+# --- facts and tables ---
+
+
+def machine_facts() -> Record:
+    """Processor, cores, memory, and the versions on halfweight's side."""
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        fields = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
+        cpu = next((value.strip() for name, _, value in fields if name.strip() == "model name"), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {OURS: {name: version(name) for name in (OURS, "torch", "transformers")}},
+    }
+
+
+HEADERS = ("model", "tool", "method", "ppl", "ppl per seed", "ppl ratio", "seconds", "seconds ratio")
+HEADERS = (*HEADERS, "peak GB", "memory ratio", "linear bytes")
+
+
+def as_text(row: Record) -> list[str]:
+    """A row as text in the order of HEADERS, `-` where a number does not apply."""
+
+    def show(name: str, digits: int) -> str:
+        return f"{row[name]:.{digits}f}" if name in row else "-"
+
+    method, against = row["method"], row.get("compared_with", row["method"])
+    quality = [
+        show("perplexity", 3),
+        ", ".join(f"{value:.3f}" for value in row.get("perplexity_each", [])) or "-",
+    ]
+    cost = [show("seconds", 0), show("seconds_ratio", 2), show("peak_gb", 2), show("peak_gb_ratio", 2)]
+    label = method if against == method else f"{method} (to {against})"
+    return [
+        row["model"],
+        row["tool"],
+        label,
+        *quality,
+        show("perplexity_ratio", 3),
+        *cost,
+        show("linear_bytes_ratio", 4),
+    ]
+
+
+def markdown(rows: list[Record], machine: Record, protocol: Record) -> str:
+    """The comparison as a Markdown page."""
+    versions = "; ".join(
+        f"{side} with " + ", ".join(f"{name} {number}" for name, number in found.items())
+        for side, found in machine["versions"].items()
+    )
+    samples, seqlen = protocol["samples"], protocol["seqlen"]
+    lines = f"""# 2:4 pruning: halfweight and llm-compressor
+
+- Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gb"]} GB, {machine["system"]},
+  Python {machine["python"]}. CPU only, {protocol["threads"]} threads per tool; llm-compressor works in fp32.
+- Versions: {versions}.
+- Calibration: {samples} windows of {seqlen} tokens ({samples * seqlen} tokens), the same for both tools.
+- Perplexity: first {protocol["eval_windows"]} windows of {seqlen} tokens of the text, by `halfweight eval`.
+- Seconds and peak GB (1e9 bytes) are of the whole process: imports, calibration and saving included.
+- Ratios are halfweight / llm-compressor over the same seeds: below 1 is better for halfweight.
+- Linear bytes: bytes stored for the decoder linears over their dense bytes; llm-compressor saves them dense.
+
+""".splitlines()
+    table = [HEADERS, ["---"] * len(HEADERS), *(as_text(row) for row in rows)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in table)]) + "\n"
+
+
+def print_table(rows: list[Record]) -> None:
+    """The comparison on the terminal."""
+    table = Table(title="2:4 pruning, halfweight / llm-compressor")
+    for header in HEADERS:
+        table.add_column(header, justify="left" if header in HEADERS[:3] else "right")
+    for row in rows:
+        table.add_row(*as_text(row))
+    console.print(table)
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """Parse NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not (Path(path) / "config.json").exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH with PATH a Hugging Face folder")
+    return name, Path(path).resolve()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--models", nargs="+", type=named_path, required=True, metavar="NAME=PATH")
+    parser.add_argument("--calibration", type=Path, required=True, help="text file to sample windows from")
+    parser.add_argument("--text", type=Path, required=True, help="test text for perplexity")
+    parser.add_argument("--methods", nargs="+", choices=list(COUNTERPART), default=list(COUNTERPART))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens per window")
+    parser.add_argument("--windows", type=int, default=16, help="test windows for perplexity")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True, help="folder for a JSON file per run and the report")
+    parser.add_argument("--work", type=Path, default=Path("build/compare"), help="for checkpoints and logs")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints and logs after evaluation")
+    parser.add_argument(
+        "--fresh",
+        nargs="*",
+        choices=["dense", PEER, OURS],
+        help="redo finished runs (of the tools named, or of all)",
+    )
+    parser.add_argument("--peer-python", help="interpreter with llm-compressor (default: build one)")
+    parser.add_argument("--peer-torch", default="torch==2.13.0", help="torch for that environment")
+    args = parser.parse_args()
+    args.models = dict(args.models)
+    args.fresh = ["dense", PEER, OURS] if args.fresh == [] else args.fresh or []
+    args.calibration, args.text = args.calibration.resolve(), args.text.resolve()
+    args.work = args.work.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main() -> None:
+    comparison = Comparison(parse_args())
+    comparison.run()
+    print_table(comparison.rows())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything inference needs: reading checkpoints, compressed modules, and the plugins for other frameworks."""

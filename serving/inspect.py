@@ -1,0 +1,102 @@
+"""What a checkpoint really holds: per-layer pattern, density and bits, read from its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from .checkpoint import Checkpoint, read_json
+from .skeleton import build_skeleton, find_blocks, is_linear, tensor_names, tied_names
+
+_REPORT = "report.json"
+
+
+class LayerInfo(BaseModel):
+    """One decoder linear `[N, K]`. `density` is the measured fraction of non-zeros, `bits` are stored per weight,
+    `error` is the relative output error on held-out text that compression reported (None for an untouched layer)."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    numbers: str
+    density: float
+    bits: float
+    error: float | None
+
+
+class Inspection(BaseModel):
+    """`effective_bits`: stored bits of the decoder blocks' linears, biases and metadata included, per original
+    parameter; `effective_bits_model` adds embeddings, head and norms. `linear_bytes_ratio`: the compressed linears'
+    weights over their size at 16 bits (None when nothing is compressed)."""
+
+    path: str
+    format_version: int | None
+    effective_bits: float
+    effective_bits_model: float
+    linear_bytes_ratio: float | None
+    bytes: int
+    layers: list[LayerInfo]
+
+
+def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Inspection:
+    """Inspect a checkpoint folder, dense or compressed. Reads each linear once; raises InputError for a bad folder."""
+    checkpoint = Checkpoint(path)
+    artifact = checkpoint.artifact
+    model = build_skeleton(checkpoint, torch.float32)
+    prefix, _ = find_blocks(model)
+    names = tensor_names(model, checkpoint.tensors)
+    schemes = artifact.linears if artifact is not None else {}
+    errors = _reported_errors(checkpoint.path)
+
+    modules = {n: m for n, m in model.named_modules() if n.startswith(prefix + ".") and is_linear(m)}
+    layers = []
+    linear_bits = linear_parameters = compressed_bits = compressed_weights = 0
+    for done, (name, module) in enumerate(modules.items(), 1):
+        stored = {key: checkpoint.info(names[f"{name}.{key}"]) for key in module.state_dict(keep_vars=True)}
+        shape = (module.out_features, module.in_features)
+        weight = "values" if "values" in stored else "weight"
+        bits = 8 * sum(info.nbytes for key, info in stored.items() if key != "bias")
+        linear_bits += bits + (8 * stored["bias"].nbytes if "bias" in stored else 0)
+        linear_parameters += shape[0] * shape[1] + (shape[0] if "bias" in stored else 0)
+        if name in schemes:
+            compressed_bits += bits
+            compressed_weights += shape[0] * shape[1]
+        non_zeros = int(checkpoint.read(names[f"{name}.{weight}"]).count_nonzero())
+        layers.append(
+            LayerInfo(
+                name=name,
+                shape=shape,
+                pattern=schemes[name].pattern if name in schemes else "dense",
+                numbers=str(stored[weight].dtype).removeprefix("torch."),
+                density=non_zeros / (shape[0] * shape[1]),
+                bits=bits / (shape[0] * shape[1]),
+                error=errors.get(name),
+            )
+        )
+        if progress is not None:
+            progress(done, len(modules))
+
+    inside = tuple(f"{name}." for name in modules)
+    outside = [checkpoint.info(n) for k, n in names.items() if not k.startswith(inside) and k not in tied_names(model)]
+    outside_parameters = sum(torch.Size(info.shape).numel() for info in outside)
+    outside_bits = 8 * sum(info.nbytes for info in outside)
+    return Inspection(
+        path=str(path),
+        format_version=artifact.format_version if artifact is not None else None,
+        effective_bits=linear_bits / linear_parameters,
+        effective_bits_model=(linear_bits + outside_bits) / (linear_parameters + outside_parameters),
+        linear_bytes_ratio=compressed_bits / (16 * compressed_weights) if compressed_weights else None,
+        bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        layers=layers,
+    )
+
+
+def _reported_errors(folder: Path) -> dict[str, float]:
+    """Per-layer errors from the compression report beside the weights, when there is one."""
+    if not (folder / _REPORT).is_file():
+        return {}
+    layers = read_json(folder / _REPORT).get("layers", [])
+    return {str(layer["name"]): float(layer["error"]) for layer in layers}

@@ -1,0 +1,105 @@
+"""`load`: a runnable model and its tokenizer from a folder, dense or compressed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import InputError
+
+DTYPE_NAMES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU; raises InputError for a device this machine lacks."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {str(device)!r} is unknown; use auto, cpu, cuda or cuda:0") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(device)!r} is not supported; use auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise InputError(f"device {str(device)!r} is not on this machine ({count} CUDA devices); use auto or cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Compute dtype: `"auto"` is float32 on a CPU (its 16-bit matmuls are slow or inexact) and `stored` on a GPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    try:
+        return DTYPE_NAMES[dtype]
+    except KeyError:
+        raise InputError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16") from None
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that holds most of the checkpoint's bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    if not sizes:
+        raise InputError(f"{checkpoint.path}: no floating-point tensors in the checkpoint")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a causal language model; raises InputError for any other kind of model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint.path / 'config.json'}: {str(error).splitlines()[0]}") from None
+    architecture = (checkpoint.config.get("architectures") or ["unknown"])[0]
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or config.is_encoder_decoder:
+        raise InputError(
+            f"{checkpoint.path}: {architecture} is not a causal language model; halfweight compresses decoders"
+        )
+    return config
+
+
+def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
+    """Load a checkpoint folder, dense or compressed, as a transformers causal language model in eval mode.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:i`; `dtype` is `auto` (see `resolve_dtype`), a name or a torch dtype.
+    Raises InputError, one line each, for a missing or damaged folder, an unknown format version, tensors of a wrong
+    shape, missing tensors, and metadata that does not describe a valid pattern.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint(path)
+    load_config(checkpoint)
+    _ = checkpoint.artifact  # refuses a config this release cannot run, with a better message than transformers'
+    where = resolve_device(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=resolve_dtype(dtype, where, stored_dtype(checkpoint)), local_files_only=True
+    )
+    return model.to(where).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer; raises InputError when the folder has none that loads without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None

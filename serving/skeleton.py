@@ -1,0 +1,90 @@
+"""A model's structure without its weights: built from the config, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .errors import InputError
+from .linear import TwoFourLinear, swap_linears
+from .load import load_config
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The checkpoint's causal model, compressed modules included, with parameters on meta and computed buffers real.
+
+    Raises InputError when the model is not causal or its quantization_config does not fit it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the modules are swapped in here, not by transformers
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if checkpoint.artifact is not None:
+        swap_linears(model, checkpoint.artifact.linears)
+    return model.requires_grad_(False)
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder's block list and its dotted name: the largest module list with one entry per hidden layer.
+
+    Raises InputError when there is none, or when its blocks hold no linear.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no module list of {count} decoder blocks; it is not supported")
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    if not any(is_linear(m) for m in blocks.modules()):
+        raise InputError(f"{type(model).__name__}: decoder blocks at {name} hold no nn.Linear; it is not supported")
+    return name, blocks
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a dense or compressed linear."""
+    return isinstance(module, (nn.Linear, TwoFourLinear))
+
+
+def tied_names(model: Any) -> set[str]:
+    """State-dict names that only mirror another tensor, such as a head tied to the embedding."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tensor_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """State-dict name -> name in `stored` (a checkpoint's tensor names), for every tensor of the model found there.
+
+    Understands transformers' own renamings (GPT-NeoX's head is stored as `embed_out`) and checkpoints saved from a bare
+    decoder, which lack the causal model's prefix.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    found = {}
+    for name in stored:
+        renamed = name
+        for renaming in renamings:
+            renamed = renaming.rename_source_key(renamed)[0]
+        found[renamed] = name
+    found.update({name: name for name in stored})
+    base = model.base_model_prefix + "."
+    names = {}
+    for name in model.state_dict(keep_vars=True):
+        for candidate in (name, name.removeprefix(base), base + name):
+            if candidate in found:
+                names[name] = found[candidate]
+                break
+    return names
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens the model was built for, or None where the config does not say."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
