@@ -52,7 +52,8 @@ def compress_checkpoint(
     `model` is a folder, a hub id, a GGUF file or `demo`; `recipe` a Recipe, a file or a shipped name. Blocks are
     computed in `dtype` on `device` and stored in the checkpoint's own dtype. Memory stays at a block or two, the
     embeddings and the calibration activations. Interrupted work stays in `OUT.partial`, and the same call resumes it;
-    `fresh` discards it. Raises InputError for bad input and RunError when the work fails; `out` appears only when everything succeeded.
+    `fresh` discards it. Raises InputError for bad input and RunError when the work fails; `out` appears only when
+    everything succeeded.
     """
     begin = time.monotonic()
     out = Path(out)

