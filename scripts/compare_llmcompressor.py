@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -81,12 +81,9 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
 
 def child_environment(threads: int) -> dict[str, str]:
     """The same surroundings for every child: fixed threads, no GPU, no network look-ups."""
-    drop = {"PYTHONPATH", "VIRTUAL_ENV"}
-    count = str(threads)
-    fixed = {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
-    return {**kept, **fixed, **offline, "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **fixed, **offline, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_child(command: Sequence[object], log: Path, threads: int) -> Record:
@@ -178,6 +175,7 @@ class Comparison:
             "text_sha256": file_sha256(args.text),
         }
         self.cells: dict[Key, Record] = {}
+        self.digests: dict[tuple[str, int], str] = {}
 
     def run(self) -> None:
         """Make every cell, peer and halfweight in turn, and refresh the report after each seed."""
@@ -233,10 +231,9 @@ class Comparison:
         """Run one tool once; leave the checkpoint in `work`/model and return what was measured."""
         args, (model, tool, method, seed) = self.args, key
         dense, out, inner = args.models[model], work / "model", work / "inner.json"
-        windows = args.work / f"{model}.seed{seed}.windows.safetensors"
-        digest = in_fresh_process(make_windows, dense, args.calibration, args.samples, args.seqlen, seed, windows)
+        windows, digest = self.windows(model, seed)
         if tool == PEER:
-            command = [self.peer_python, PEER_SCRIPT, dense, "--windows", windows, "--method", method]
+            command = [self.peer_python, "-E", PEER_SCRIPT, dense, "--windows", windows, "--method", method]
             command += ["--threads", args.threads]
         else:
             command = [*HALFWEIGHT, "compress", dense, "--recipe", f"2of4-{method}", "--overwrite"]
@@ -248,9 +245,17 @@ class Comparison:
             raise SystemExit(f"{tool} calibrated {model} on other windows than this script made (seed {seed})")
         if tool == PEER:
             return record | in_fresh_process(check_two_of_four, dense, out)
-        inspect = [*HALFWEIGHT, "inspect", str(out), "--json"]
-        facts = json.loads(subprocess.run(inspect, check=True, capture_output=True, text=True).stdout)
-        return {**record, "linear_bytes_ratio": facts["linear_bytes_ratio"]}
+        facts = work / "inspect.json"
+        run_child([*HALFWEIGHT, "inspect", out, "--json", facts], work / "inspect.log", args.threads)
+        return {**record, "linear_bytes_ratio": read_json(facts)["linear_bytes_ratio"]}
+
+    def windows(self, model: str, seed: int) -> tuple[Path, str]:
+        """The calibration windows of this model and seed as a file, made once, and their SHA-256."""
+        args, path = self.args, self.args.work / f"{model}.seed{seed}.windows.safetensors"
+        if (model, seed) not in self.digests:
+            sampling = (args.models[model], args.calibration, args.samples, args.seqlen, seed, path)
+            self.digests[model, seed] = in_fresh_process(make_windows, *sampling)
+        return path, self.digests[model, seed]
 
     def perplexity(self, folder: Path, work: Path) -> float:
         """Score a checkpoint with `halfweight eval`."""
@@ -313,8 +318,16 @@ def machine_facts() -> Record:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {OURS: {name: version(name) for name in (OURS, "torch", "transformers")}},
+        "versions": {OURS: {name: installed(name) for name in (OURS, "torch", "transformers")}},
     }
+
+
+def installed(name: str) -> str:
+    """The version of an installed distribution; a source tree on the path has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(source tree)"
 
 
 HEADERS = (
