@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.errors import InputError
 from ..serving.linear import check_linears
-from ..serving.skeleton import build_skeleton, context_length, find_blocks, tensor_names, tied_names
+from ..serving.skeleton import build_skeleton, context_length, find_blocks, logit_chunk, tensor_names, tied_names
 
 
 class BlockWalker:
@@ -69,10 +69,6 @@ class BlockWalker:
     def outside_names(self) -> list[str]:
         """State-dict names of every stored tensor outside the blocks."""
         return [name for name in self.stored() if not name.startswith(self.prefix + ".")]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of state-dict name `name` in its stored dtype."""
-        return self.checkpoint.read(self._names[name])
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -149,12 +145,13 @@ class BlockWalker:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def losses(self, hidden: list[Tensor], windows: list[Tensor], chunk: int = 256) -> list[Tensor]:
+    def losses(self, hidden: list[Tensor], windows: list[Tensor], chunk: int | None = None) -> list[Tensor]:
         """Next-token cross entropy `[T - 1]` (nats, fp32) per window, from the last block's outputs `hidden`.
 
-        The final norm, the head and any logit scaling run in the model's own code, `chunk` tokens at a time, so that
-        a large vocabulary does not need a `[T, V]` tensor.
+        The final norm, the head and any logit scaling run in the model's own code, `chunk` tokens at a time (default:
+        what `logit_chunk` says), so that a large vocabulary does not need a `[T, V]` tensor.
         """
+        chunk = chunk or logit_chunk(self.model.config)
         losses = []
         with self._outside():
             for x, window in zip(hidden, windows, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..eval.perplexity import summarize
-from ..serving.checkpoint import Checkpoint
+from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.errors import InputError, RunError
 from ..serving.inspect import inspect_checkpoint
 from ..serving.linear import pack_weight, unpack_weight
@@ -23,7 +21,8 @@ from ..serving.sources import resolve_model
 from . import writer
 from .blocks import BlockWalker
 from .calibration import Windows, load_windows
-from .journal import JOURNAL, Journal, fingerprint
+from .journal import JOURNAL, Journal, fingerprint, tokens_hash
+from .memory import peak_rss_gb, release_memory
 from .passes import PASSES, StageConfig
 from .passes.hessian import HessianError
 from .recipe import Recipe
@@ -71,7 +70,10 @@ def compress_checkpoint(
     stages = recipe.resolve(walker.linear_shapes())
     partial = writer.prepare(out, overwrite)
     writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
-    windows = load_windows(recipe.calibration, load_tokenizer(source.path), source.path, walker.max_length)
+    tokenizer = load_tokenizer(source.path)
+    windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
+    del tokenizer
+    release_memory()
     identity = fingerprint(
         checkpoint, [*windows.calibration, *windows.dev], recipe.to_yaml(), str(walker.dtype), where.type
     )
@@ -81,6 +83,7 @@ def compress_checkpoint(
 
     scheme = ArtifactConfig(linears={name: stage.scheme() for name, stage in stages.items()})
     _assemble(partial, walker, scheme, recipe)
+    release_memory()
     progress(Progress("verify", 0, 1))
     verification, compressed_losses = run.verify(partial)
     dense_losses = walker.losses(run.dev_dense, windows.dev)
@@ -100,6 +103,7 @@ def compress_checkpoint(
         bytes=inspection.bytes,
         calibration_data=recipe.calibration.data,
         calibration_tokens=sum(len(window) for window in windows.calibration),
+        windows_sha256=tokens_hash(windows.calibration),
         seed=recipe.calibration.seed,
         dtype=str(walker.dtype).removeprefix("torch."),
         device=str(where),
@@ -149,19 +153,16 @@ class _Run:
         hidden = walker.embed([*self.windows.calibration, *self.windows.dev])
         count = len(self.windows.calibration)
         self.hidden, self.dev, self.dev_dense = hidden[:count], hidden[count:], list(hidden[count:])
-        if self.journal.done("outside.safetensors") is None:
-            tensors = {name: walker.read(name) for name in walker.outside_names()}
-            writer.write_part(self.journal.folder / "outside.safetensors", tensors)
-            self.journal.record("outside.safetensors")
-            del tensors
         resumed = 0
         for index in range(walker.n_blocks):
             resumed += self._one_block(index)
+            release_memory()
+        self.hidden = []  # verification needs the memory
         return resumed
 
     def _one_block(self, index: int) -> bool:
         """Solve block `index`, or take it from the journal; propagate both dev streams and the calibration stream."""
-        walker, part = self.walker, f"block-{index:05d}.safetensors"
+        walker, part = self.walker, part_name(index)
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
             self.dev_dense = [walker.run(index, block, x) for x in self.dev_dense]
@@ -172,7 +173,7 @@ class _Run:
                 self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
             else:
                 layers = self._solve(index, block, linears)
-                writer.write_part(self.journal.folder / part, self._part(index, block))
+                writer.write_part(self.journal.folder / part, self._packed(linears))
                 self.journal.record(part, layers=[layer.model_dump() for layer in layers])
                 self.layers += layers
             for stream in (self.hidden, self.dev):
@@ -231,18 +232,13 @@ class _Run:
             stats=result.stats,
         )
 
-    def _part(self, index: int, block: nn.Module) -> dict[str, Tensor]:
-        """Everything to store for a block: packed linears, and its other tensors as the checkpoint has them."""
-        walker, prefix = self.walker, self.walker.block_prefix(index)
+    def _packed(self, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+        """What the checkpoint will store for the weights of solved `linears`, by full tensor name."""
         tensors: dict[str, Tensor] = {}
-        for key, tensor in block.state_dict().items():
-            full = f"{prefix}.{key}"
-            module = full.removesuffix(".weight")
-            if full.endswith(".weight") and module in self.stages:
-                packed = pack_weight(tensor.to(self.tensors[full].dtype), self.stages[module].scheme())
-                tensors.update({f"{module}.{suffix}": value for suffix, value in packed.items()})
-            else:
-                tensors[full] = walker.read(full)
+        for name, linear in linears.items():
+            weight = linear.weight.to(self.tensors[f"{name}.weight"].dtype)
+            packed = pack_weight(weight, self.stages[name].scheme())
+            tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
         return tensors
 
     def _restore(self, part: str, linears: dict[str, nn.Linear]) -> None:
@@ -281,21 +277,22 @@ def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
     return lost / wanted if wanted else 0.0
 
 
+def part_name(index: int) -> str:
+    """File name of block `index`'s finished part in the work folder."""
+    return f"block-{index:05d}.safetensors"
+
+
 def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe) -> None:
-    """Turn the parts in `partial` into a loadable checkpoint: shards, index, config, tokenizer, recipe."""
+    """Make `partial` a loadable checkpoint of its parts and the untouched tensors: shards, index, config, tokenizer."""
     import json
 
-    parts = [partial / "outside.safetensors"]
-    parts += [partial / f"block-{index:05d}.safetensors" for index in range(walker.n_blocks)]
-    writer.merge_parts(parts, partial, _SHARD_BYTES)
+    kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in scheme.linears}
+    packed = {n: t for i in range(walker.n_blocks) for n, t in read_header(partial / part_name(i)).items()}
+    writer.write_shards({**kept, **packed}, partial, _SHARD_BYTES)
+    for index in range(walker.n_blocks):
+        (partial / part_name(index)).unlink()
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.model_dump()}
     config.pop("transformers_weights", None)
     writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     writer.write_text(partial / "recipe.yaml", recipe.to_yaml())
     writer.copy_companions(walker.checkpoint.path, partial)
-
-
-def peak_rss_gb() -> float:
-    """Peak resident memory of this process so far, in 10^9 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

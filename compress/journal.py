@@ -88,6 +88,14 @@ def file_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
+def tokens_hash(windows: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes of token windows, hexadecimal."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def fingerprint(checkpoint: Checkpoint, windows: Iterable[Tensor], *settings: str) -> str:
     """Hash over the model (config, tensor headers, shard sizes and times), the token windows and further settings."""
     digest = hashlib.sha256()
@@ -95,8 +103,6 @@ def fingerprint(checkpoint: Checkpoint, windows: Iterable[Tensor], *settings: st
     for name, info in sorted(checkpoint.tensors.items()):
         stat = info.file.stat()
         digest.update(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    for window in windows:
-        digest.update(window.numpy().tobytes())
-    for setting in settings:
+    for setting in (tokens_hash(windows), *settings):
         digest.update(setting.encode() + b"\0")
     return digest.hexdigest()

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from ..serving.checkpoint import Checkpoint
 from ..serving.load import resolve_device, resolve_dtype, stored_dtype
 from ..serving.scheme import FUSED
+from ..serving.skeleton import logit_chunk
 from ..serving.sources import resolve_model
 from .blocks import BlockWalker
 from .calibration import DEV_SHARE
 from .passes import PASSES, StageConfig
 from .recipe import Recipe
 
-_LOSS_CHUNK = 256  # positions whose logits exist at once
 _SOLVER_COPIES = {
     "nothing": 2,
     "norms": 3,
@@ -143,7 +143,7 @@ def _peak_bytes(
     streams = windows * calibration.seqlen * text.hidden_size * size
     tensors = walker.stored()
     outside = sum(prod(tensors[name].shape) for name in walker.outside_names()) * size
-    logits = 3 * min(_LOSS_CHUNK, calibration.seqlen) * text.vocab_size * 4
+    logits = 3 * logit_chunk(walker.model.config) * text.vocab_size * 4
     block = 0.0
     for index in range(walker.n_blocks):
         names = list(walker.block_linears(index))

@@ -78,8 +78,8 @@ class Recipe(BaseModel):
             path = named[str(name_or_path)]
         try:
             text = path.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
+            root = yaml.compose(text, Loader=_Loader)
+            data = yaml.load(text, Loader=_Loader)
         except FileNotFoundError:
             raise InputError(f"{path}: no such recipe file; `halfweight recipes` lists the shipped ones") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -98,7 +98,11 @@ class Recipe(BaseModel):
     def with_calibration(self, **changes: Any) -> Recipe:
         """A copy with the given calibration fields replaced where they are not None (flags override recipes)."""
         given = {key: value for key, value in changes.items() if value is not None}
-        calibration = Calibration.model_validate({**self.calibration.model_dump(), **given})
+        try:
+            calibration = Calibration.model_validate({**self.calibration.model_dump(), **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"calibration.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
         return self.model_copy(update={"calibration": calibration})
 
     def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
@@ -132,6 +136,32 @@ class Recipe(BaseModel):
                 chosen[name], owner[name] = stage, number
         _check_fused(self.name, {name: stage.scheme() for name, stage in chosen.items()}, shapes)
         return chosen
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `2:4` as text (YAML 1.1: the base-60 number 124) and refuses aliases and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != _INT]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def named_recipes() -> dict[str, Path]:
@@ -192,6 +222,7 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
     elif location[:1] == ["calibration"]:
         fields = Calibration.model_fields
     shown = reduce(lambda text, part: f"{text}[{part}]" if isinstance(part, int) else f"{text}.{part}", location, "")
+    shown = shown.encode("unicode_escape").decode()
     key = str(location[-1]) if location else ""
     if first["type"] == "extra_forbidden":
         options = [info.alias or name for name, info in fields.items()]

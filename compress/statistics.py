@@ -111,7 +111,7 @@ def collect(linears: dict[str, nn.Linear], hessian: bool) -> Iterator[dict[str, 
 
 @contextmanager
 def keep_inputs(linears: dict[str, nn.Linear], rows: int = 256) -> Iterator[dict[str, Tensor]]:
-    """Keep up to `rows` evenly spaced input rows `[rows, K]` of each linear from the forward passes in the `with`."""
+    """Keep up to `rows` evenly spaced input rows `[rows, K]` of each linear from the last forward pass in the `with`."""
     kept: dict[str, Tensor] = {}
     last: tuple[Tensor, Tensor] | None = None
 
@@ -121,7 +121,7 @@ def keep_inputs(linears: dict[str, nn.Linear], rows: int = 256) -> Iterator[dict
             x: Tensor = args[0]
             if last is None or last[0] is not x:  # linears that share an input share its rows
                 flat = x.reshape(-1, x.shape[-1])
-                last = (x, flat[:: max(1, len(flat) // rows)][:rows].clone())
+                last = (x, flat[:: -(-len(flat) // rows)].clone())
             kept[name] = last[1]
 
         return before

@@ -1,7 +1,8 @@
 """Writing a checkpoint so that a crash at any moment leaves nothing that looks whole.
 
 Work goes on in `DIR.partial`: one safetensors part per block, each durable before the journal mentions it. At the end
-the parts become shards (copied byte for byte, so memory stays flat), and the folder is renamed to `DIR`.
+their bytes and those of the tensors that stay as they were are copied into shards, so that memory stays flat, and the
+folder is renamed to `DIR`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..serving.checkpoint import WEIGHTS_STEM, read_header
+from ..serving.checkpoint import DTYPES, WEIGHTS_STEM, TensorInfo
 from ..serving.errors import InputError, RunError
 from ..serving.transformers_plugin import write_index
 
@@ -126,56 +127,53 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def merge_parts(parts: list[Path], folder: Path, max_shard_bytes: int) -> None:
-    """Concatenate safetensors `parts`, in order, into shards of at most `max_shard_bytes` and write their index.
+def write_shards(tensors: dict[str, TensorInfo], folder: Path, max_shard_bytes: int) -> None:
+    """Copy `tensors` (name -> where the bytes lie now) into shards of `folder`, in order, and write their index.
 
-    A part larger than the limit is a shard of its own. Tensor bytes are copied, never loaded.
+    A shard holds at most `max_shard_bytes` of tensors, or one tensor. Bytes are copied, never loaded.
     """
-    shards: list[list[Path]] = []
+    shards: list[dict[str, TensorInfo]] = []
     filled = 0
-    for part in parts:
-        size = part.stat().st_size
-        if not shards or filled + size > max_shard_bytes:
-            shards.append([])
+    for name, info in tensors.items():
+        if not shards or filled + info.nbytes > max_shard_bytes:
+            shards.append({})
             filled = 0
-        shards[-1].append(part)
-        filled += size
+        shards[-1][name] = info
+        filled += info.nbytes
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
-        name = f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        with disk_errors(folder / name):
-            weight_map.update(dict.fromkeys(_concatenate(members, folder / name), name))
+        file = folder / f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with disk_errors(file):
+            _copy_tensors(members, file)
+        weight_map.update(dict.fromkeys(members, file.name))
     with disk_errors(folder):
         write_index(folder, weight_map)
 
 
-def _concatenate(parts: list[Path], file: Path) -> list[str]:
-    """Write one safetensors file holding the tensors of `parts`; returns their names."""
+def _copy_tensors(tensors: dict[str, TensorInfo], file: Path) -> None:
+    """Write one safetensors file from bytes that lie elsewhere."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    sources = []
-    for part in parts:
-        with part.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            header[name] = {**entry, "data_offsets": [begin + offset, end + offset]}
-        size = sum(info.nbytes for info in read_header(part).values())
-        sources.append((part, 8 + length))
-        offset += size
+    for name, info in tensors.items():
+        dtype = next(code for code, known in DTYPES.items() if known == info.dtype)
+        header[name] = {"dtype": dtype, "shape": info.shape, "data_offsets": [offset, offset + info.nbytes]}
+        offset += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for part, start in sources:
-            with part.open("rb") as stream:
-                stream.seek(start)
-                shutil.copyfileobj(stream, out, _COPY_BYTES)
+        for info in tensors.values():
+            with info.file.open("rb") as stream:
+                stream.seek(info.start)
+                left = info.nbytes
+                while left:
+                    piece = stream.read(min(left, _COPY_BYTES))
+                    if not piece:
+                        raise RunError(f"{info.file}: became shorter while it was being read; run the command again")
+                    out.write(piece)
+                    left -= len(piece)
     commit(temporary, file)
-    return [name for name in header if name != "__metadata__"]
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
-from ..serving.skeleton import context_length
+from ..serving.skeleton import context_length, logit_chunk
 from .text import bos_token, builtin_text, consecutive_windows, read_text, tokenize
 
 
@@ -48,12 +48,12 @@ def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def window_losses(model: Any, window: Tensor, chunk: int = 256) -> Tensor:
+def window_losses(model: Any, window: Tensor) -> Tensor:
     """Next-token cross entropy `[T - 1]` (nats, fp32) of `model` on token ids `window` `[T]`.
 
-    The decoder runs once; the head then sees `chunk` positions at a time, because full logits of a 262k vocabulary
-    would take 1 GB per 1024 tokens.
+    The decoder runs once; the head then sees a chunk of positions at a time (see `logit_chunk`).
     """
+    chunk = logit_chunk(model.config)
     ids = window.to(model.device)[None]
     decoder = model.base_model
     output = decoder(input_ids=ids, use_cache=False)

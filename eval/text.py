@@ -63,8 +63,8 @@ def _documents(path: Path, text: str) -> list[str]:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids `[n]`, int64, of the whole text at once, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Token ids `[n]`, int64, of the whole text at once, as the tokenizer does it by default (Gemma's adds BOS)."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

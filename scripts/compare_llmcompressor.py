@@ -387,10 +387,10 @@ def print_table(rows: list[Record]) -> None:
     """The comparison on the terminal."""
     table = Table(title="2:4 pruning, halfweight / llm-compressor")
     for header in HEADERS:
-        table.add_column(header, justify="left" if header in HEADERS[:3] else "right")
+        table.add_column(header, justify="left" if header in HEADERS[:3] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*as_text(row))
-    console.print(table)
+    Console(width=max(console.width, 170)).print(table)
 
 
 def named_path(text: str) -> tuple[str, Path]:

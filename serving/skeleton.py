@@ -88,3 +88,8 @@ def context_length(config: Any) -> int | None:
     """The most tokens the model was built for, or None where the config does not say."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
+
+
+def logit_chunk(config: Any) -> int:
+    """Positions whose fp32 logits take about 64 MB; full logits of a 262k vocabulary would be 1 GB per 1024 tokens."""
+    return max(8, 2**24 // int(config.get_text_config().vocab_size))

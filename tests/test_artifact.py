@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import halfweight
 import pytest
 import torch
-from halfweight.serving.checkpoint import INDEX_NAME, Checkpoint
-from halfweight.triton_kernels.formats import two_four
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import halfweight
+from halfweight.serving.checkpoint import INDEX_NAME, Checkpoint
+from halfweight.triton_kernels.formats import two_four
 from tiny import ARCHITECTURES
 
 IDS = torch.arange(3, 27)[None]
@@ -65,11 +65,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """The same names, dtypes, shapes and bits."""
     assert set(a) == set(b)
     for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        assert a[name].shape == b[name].shape, name
-        assert a[name].contiguous().numpy(force=True).tobytes() == b[name].numpy(force=True).tobytes() if (
-            a[name].dtype != torch.bfloat16
-        ) else torch.equal(a[name].view(torch.int16), b[name].view(torch.int16)), name
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (a[name], b[name])]
+        assert torch.equal(*bits), name
 
 
 def run_python(code: str, *arguments: str | Path, isolated: bool = False) -> Any:
@@ -253,15 +251,13 @@ print(json.dumps([heavy, again - finders, type(model.get_submodule(sys.argv[2]))
 """
 
 _IMPORT_LAST = """
-import sys, json
-from transformers import AutoModelForCausalLM
+import json
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as methods
 before = "halfweight" in methods
 import halfweight
 quantizer = methods["halfweight"]
 halfweight._register_with_transformers()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(json.dumps([before, quantizer is methods["halfweight"], type(model.get_submodule(sys.argv[2])).__name__]))
+print(json.dumps([before, quantizer is methods["halfweight"]]))
 """
 
 
@@ -269,8 +265,8 @@ def test_import_is_light_and_registers_once_when_transformers_comes_later(artifa
     assert run_python(_IMPORT_FIRST, artifact, Q) == [[], 0, "TwoFourLinear"]
 
 
-def test_import_registers_when_transformers_came_first(artifact: Path) -> None:
-    assert run_python(_IMPORT_LAST, artifact, Q) == [False, True, "TwoFourLinear"]
+def test_import_registers_when_transformers_came_first() -> None:
+    assert run_python(_IMPORT_LAST) == [False, True]
 
 
 def test_registration_is_idempotent() -> None:
@@ -390,7 +386,7 @@ def shape_of(index: int, shape: Any) -> Callable[[dict[str, Any], list[str]], An
     return lambda header, names: header[names[index]].update(shape=shape)
 
 
-DENSE = {"pattern": "2:4", "density": 0.5}
+SCHEME = {"pattern": "2:4", "density": 0.5}
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "positions out of order": (edit_tensors(lambda t: t[f"{Q}.meta"].fill_(0b0001)), "out of order"),
@@ -415,9 +411,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "density nan": (edit_config(named(density=float("nan"))), "density"),
     "linears not a mapping": (edit_config(lambda c: c.update(linears=[Q])), "linears"),
     "no linears": (edit_config(lambda c: c.pop("linears")), "linears"),
-    "no such module": (edit_config(lambda c: c["linears"].update({"model.nope": DENSE})), "model.nope"),
-    "not a linear": (edit_config(lambda c: c["linears"].update({"model.norm": DENSE})), "not a linear"),
-    "the model as a linear": (edit_config(lambda c: c["linears"].update({"": DENSE})), "not a linear"),
+    "no such module": (edit_config(lambda c: c["linears"].update({"model.nope": SCHEME})), "model.nope"),
+    "not a linear": (edit_config(lambda c: c["linears"].update({"model.norm": SCHEME})), "not a linear"),
+    "the model as a linear": (edit_config(lambda c: c["linears"].update({"": SCHEME})), "not a linear"),
     "unlisted linear": (edit_config(lambda c: c["linears"].pop(Q)), "missing"),
     "relative path in the index": (move_outside(lambda folder: "../outside/"), "outside the folder"),
     "absolute path in the index": (move_outside(lambda folder: f"{folder}/"), "outside the folder"),

@@ -6,10 +6,11 @@ from itertools import combinations
 
 import pytest
 import torch
-from halfweight.triton_kernels.formats import FormatError, two_four
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from halfweight.triton_kernels.formats import FormatError, two_four
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {2: torch.int16, 4: torch.int32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -24,6 +25,17 @@ class StageConfig(BaseModel):
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _valid_expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is not a valid regular expression ({error})") from None
+        return value
 
     @property
     def name(self) -> str:

@@ -49,5 +49,8 @@ def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 def inverse_upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper-triangular U with `U^T U = (damped hessian)^-1`, as SparseGPT and GPTQ use it, and the damping."""
-    factor, level = damped_cholesky(hessian, damping)
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True), level
+    # With the columns reversed, H = L L^T becomes H = R R^T with R upper triangular, and U is its inverse: one
+    # factorization, no explicit inverse that rounding could make indefinite.
+    factor, level = damped_cholesky(hessian.flip(0, 1), damping)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True), level

@@ -46,7 +46,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: ADMMConfig) -> Pr
         dual = proposal - sparse
         solution = (pull + config.penalty * (sparse - dual)) @ inverse
     refined = conjugate_gradient(solution * mask, target, hessian, mask, config.refine)
-    return PruneResult((refined / norm) * mask, mask, {"damping": config.damping + damping})
+    return PruneResult((refined / norm).masked_fill(~mask, 0.0), mask, {"damping": config.damping + damping})
 
 
 def gradual_mask(score: Tensor, config: ADMMConfig, step: int) -> Tensor:
@@ -72,13 +72,15 @@ def conjugate_gradient(start: Tensor, target: Tensor, hessian: Tensor, mask: Ten
     residual = (target - solution) @ hessian * mask
     direction = residual
     power = residual.square().sum(1, keepdim=True)
+    # A row this close is solved; going on would divide one rounding error by another.
+    done = power * torch.finfo(power.dtype).eps ** 2
     for _ in range(steps):
         product = direction @ hessian * mask
         curvature = (direction * product).sum(1, keepdim=True)
-        step = torch.where(curvature > 0, power / curvature, 0.0)
+        step = torch.where(power > done, power / curvature, 0.0)
         solution = solution + step * direction
         residual = residual - step * product
         fresh = residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(power > 0, fresh / power, 0.0) * direction
-        power = fresh
+        direction = torch.where(power > done, residual + fresh / power * direction, 0.0)
+        power = torch.where(power > done, fresh, 0.0)
     return solution

@@ -13,4 +13,4 @@ from .config import MagnitudeConfig
 def solve(weight: Tensor, statistics: InputStatistics, config: MagnitudeConfig) -> PruneResult:
     """`weight` `[N, K]` -> the same weights under the mask of the largest; `statistics` are not read."""
     mask = pattern_mask(weight.abs(), config)
-    return PruneResult(weight * mask, mask)
+    return PruneResult(weight.masked_fill(~mask, 0.0), mask)

@@ -49,7 +49,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: SparseGPTConfig) 
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += float(errors.square().sum()) / 2
     mask = kept.T.contiguous()
-    return PruneResult(columns.T * mask, mask, {"damping": damping, "obs_loss": loss})
+    return PruneResult(columns.T.masked_fill(~mask, 0.0), mask, {"damping": damping, "obs_loss": loss})
 
 
 def _unstructured(score: Tensor, config: SparseGPTConfig, start: int, stop: int, size: int) -> Tensor:

@@ -13,4 +13,4 @@ from .config import WandaConfig
 def solve(weight: Tensor, statistics: InputStatistics, config: WandaConfig) -> PruneResult:
     """`weight` `[N, K]`, input mean squares `[K]` -> the same weights under Wanda's mask."""
     mask = pattern_mask(weight.abs() * statistics.mean_square.sqrt(), config)
-    return PruneResult(weight * mask, mask)
+    return PruneResult(weight.masked_fill(~mask, 0.0), mask)

@@ -1,0 +1,659 @@
+"""Every solver against a slow, independent reference, and what calibration measures for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfweight.compress.passes import PASSES, ADMMConfig, PruneResult, PruningConfig, SparseGPTConfig
+from halfweight.compress.passes.admm.solver import conjugate_gradient, gradual_mask
+from halfweight.compress.passes.hessian import HessianError, damped_cholesky, inverse_upper_factor
+from halfweight.compress.passes.masks import nm_mask, pattern_mask, top_mask
+from halfweight.compress.statistics import InputStatistics, add_gram, collect, keep_inputs, mirror_upper
+from halfweight.serving.errors import RunError
+
+CPU = torch.device("cpu")
+ROWS, SIZE = 6, 24
+PATTERNS: dict[str, dict[str, Any]] = {
+    "2:4": {},
+    "1:4": {"pattern": "1:4"},
+    "4:8": {"pattern": "4:8"},
+    "1:3": {"pattern": "1:3", "block_size": 6},
+    "row": {"pattern": "unstructured", "density": 0.4},
+    "layer": {"pattern": "unstructured", "density": 0.3, "scope": "layer"},
+}
+
+
+def configure(name: str, **settings: Any) -> PruningConfig:
+    """The config of pass `name`; settings it does not have are left out."""
+    config = PASSES[name].config
+    return config(**{key: value for key, value in settings.items() if key in config.model_fields})
+
+
+def solve(name: str, weight: Tensor, statistics: InputStatistics, **settings: Any) -> PruneResult:
+    return PASSES[name].solve(weight, statistics, configure(name, **settings))
+
+
+def statistics_of(x: Tensor) -> InputStatistics:
+    statistics = InputStatistics(x.shape[-1], hessian=True, device=CPU)
+    statistics.add(x)
+    return statistics
+
+
+def problem(seed: int, tokens: int = 200, size: int = SIZE, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    """Weight `[rows, size]` and correlated inputs `[tokens, size]` whose scales differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
+    scales = torch.randn(size, generator=generator).exp()
+    x = torch.randn(tokens, size, generator=generator) @ mixing * scales
+    return torch.randn(rows, size, generator=generator), x
+
+
+def output_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
+    return float((x.double() @ (compressed - weight).double().T).square().sum())
+
+
+# --- references ------------------------------------------------------------------------------------------------
+
+
+def naive_keep(score: list[list[float]], config: PruningConfig) -> list[list[bool]]:
+    """The pattern's mask by sorting Python lists: highest score first, then lowest index."""
+    rows, size = len(score), len(score[0])
+    mask = [[False] * size for _ in range(rows)]
+
+    def keep(places: list[tuple[int, int]], count: int) -> None:
+        for i, j in sorted(places, key=lambda place: (-score[place[0]][place[1]], place))[:count]:
+            mask[i][j] = True
+
+    if config.nm is not None:
+        n, m = config.nm
+        for i in range(rows):
+            for start in range(0, size, m):
+                keep([(i, j) for j in range(start, start + m)], n)
+    elif config.scope == "row":
+        for i in range(rows):
+            keep([(i, j) for j in range(size)], round(config.kept * size))
+    else:
+        keep([(i, j) for i in range(rows) for j in range(size)], round(config.kept * rows * size))
+    return mask
+
+
+def naive_obs(weight: Tensor, hessian: Tensor, config: SparseGPTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Optimal brain surgeon in float64, one column at a time, inverting the Hessian of the columns left each time."""
+    w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    rows, size = w.shape
+    h += config.damping * np.trace(h) / size * np.eye(size)
+    inverses = [np.linalg.inv(h[i:, i:]) for i in range(size)]
+    keep = np.ones_like(w, dtype=bool)
+    for i in range(size):
+        if config.nm is not None and i % config.nm[1] == 0:
+            m = config.nm[1]
+            for row in range(rows):
+                cost = [w[row, j] ** 2 / inverses[j][0, 0] for j in range(i, i + m)]
+                keep[row, i : i + m] = naive_keep([cost], config)[0]
+        elif config.nm is None and i % config.block_size == 0:
+            stop = min(i + config.block_size, size)
+            cost = w[:, i:stop] ** 2 / np.array([inverses[j][0, 0] for j in range(i, stop)])
+            share = 1 if config.scope == "row" else rows
+            count = round(config.kept * stop * share) - round(config.kept * i * share)
+            for part in [[row] for row in range(rows)] if config.scope == "row" else [range(rows)]:
+                places = sorted((-cost[row, j], row, j) for row in part for j in range(stop - i))
+                for _, row, j in places[count:]:
+                    keep[row, i + j] = False
+        for row in range(rows):
+            if not keep[row, i]:
+                w[row, i:] -= w[row, i] / inverses[i][0, 0] * inverses[i][0]
+                w[row, i] = 0
+    return w, keep
+
+
+def least_squares(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """Minimiser of tr((V - weight) hessian (V - weight)^T) under `mask`, by each row's normal equations in float64."""
+    best = torch.zeros_like(weight, dtype=torch.float64)
+    pull = weight.double() @ hessian.double()
+    for row, kept in enumerate(mask):
+        best[row, kept] = torch.linalg.solve(hessian.double()[kept][:, kept], pull[row, kept])
+    return best
+
+
+# --- masks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10_000])  # few levels: mostly ties
+@pytest.mark.parametrize("nm", [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 3), (5, 24), (6, 8), (11, 12)])
+def test_nm_masks_keep_the_highest_and_break_ties_to_the_left(nm: tuple[int, int], levels: int) -> None:
+    score = torch.randint(levels, (5, 24), generator=torch.Generator().manual_seed(levels)).float()
+    config = configure("magnitude", pattern=f"{nm[0]}:{nm[1]}")
+    mask = nm_mask(score, *nm)
+    assert mask.tolist() == naive_keep(score.tolist(), config)
+    assert (mask.unflatten(-1, (-1, nm[1])).sum(-1) == nm[0]).all()
+
+
+@pytest.mark.parametrize("nm", [(64, 128), (100, 129), (200, 256), (1, 512)])
+def test_nm_masks_of_large_groups(nm: tuple[int, int]) -> None:
+    score = torch.rand(2, 2 * nm[1], generator=torch.Generator().manual_seed(0))
+    assert nm_mask(score, *nm).tolist() == naive_keep(
+        score.tolist(), configure("magnitude", pattern=f"{nm[0]}:{nm[1]}")
+    )
+
+
+@pytest.mark.parametrize("levels", [1, 3, 10_000])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.5, 0.77, 0.95])
+def test_unstructured_masks_keep_the_highest_and_break_ties_to_the_left(
+    density: float, scope: str, levels: int
+) -> None:
+    score = torch.randint(levels, (5, 21), generator=torch.Generator().manual_seed(levels)).float()
+    config = configure("magnitude", pattern="unstructured", density=density, scope=scope)
+    assert pattern_mask(score, config).tolist() == naive_keep(score.tolist(), config)
+
+
+def test_top_mask_takes_nothing_and_everything() -> None:
+    score = torch.rand(3, 7)
+    assert not top_mask(score, 0).any()
+    assert top_mask(score, 7).all()
+
+
+# --- every pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", PASSES)
+def test_results_have_the_exact_pattern_and_exact_zeros(name: str, pattern: str) -> None:
+    weight, x = problem(0)
+    config = configure(name, **PATTERNS[pattern])
+    result = PASSES[name].solve(weight, statistics_of(x), config)
+    assert result.weight.shape == result.mask.shape == weight.shape
+    assert result.weight.dtype == torch.float32
+    assert result.mask.dtype == torch.bool
+    assert torch.isfinite(result.weight).all()
+    assert (result.weight[~result.mask] == 0).all()
+    assert (result.weight[result.mask] != 0).all()  # random weights: nothing else is zero
+    if config.nm is not None:
+        assert (result.mask.unflatten(-1, (-1, config.nm[1])).sum(-1) == config.nm[0]).all()
+    elif config.scope == "row":
+        assert (result.mask.sum(1) == round(config.kept * SIZE)).all()
+    else:
+        assert int(result.mask.sum()) == round(config.kept * ROWS * SIZE)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 7, 24])
+@pytest.mark.parametrize("pattern", ["row", "layer"])
+def test_sparsegpt_counts_are_exact_for_every_block_size(pattern: str, block_size: int) -> None:
+    weight, x = problem(1)
+    result = solve("sparsegpt", weight, statistics_of(x), **{**PATTERNS[pattern], "block_size": block_size})
+    if pattern == "row":
+        assert (result.mask.sum(1) == round(0.4 * SIZE)).all()
+    else:
+        assert int(result.mask.sum()) == round(0.3 * ROWS * SIZE)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_solvers_are_pure_and_deterministic(name: str) -> None:
+    weight, x = problem(2)
+    x[:, 3] = 0
+    statistics = statistics_of(x)
+    weight_before, hessian_before = weight.clone(), statistics.hessian.clone()
+    first, second = (solve(name, weight, statistics) for _ in range(2))
+    assert torch.equal(weight, weight_before)
+    assert torch.equal(statistics.hessian, hessian_before)
+    assert statistics.tokens == len(x)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.mask, second.mask)
+    assert first.stats == second.stats
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_rows_are_solved_alone(name: str) -> None:
+    weight, x = problem(3)
+    statistics = statistics_of(x)
+    # The density of ADMM's gradual mask is shared by the layer's rows; without a ramp rows are independent.
+    whole = solve(name, weight, statistics, ramp=1)
+    halves = [solve(name, part, statistics, ramp=1) for part in weight.split(ROWS // 2)]
+    assert torch.equal(whole.mask, torch.cat([half.mask for half in halves]))
+    torch.testing.assert_close(whole.weight, torch.cat([half.weight for half in halves]))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "row"])
+@pytest.mark.parametrize("seed", range(6))
+def test_better_methods_leave_less_error(seed: int, pattern: str) -> None:
+    weight, x = problem(seed, tokens=512, size=64, rows=32)
+    settings = {"pattern": "2:4"} if pattern == "2:4" else {"pattern": "unstructured", "density": 0.5}
+    statistics = statistics_of(x)
+    magnitude, wanda, sparsegpt, admm = (
+        output_error(x, weight, solve(name, weight, statistics, **settings).weight)
+        for name in ("magnitude", "wanda", "sparsegpt", "admm")
+    )
+    assert magnitude >= wanda >= sparsegpt >= admm > 0
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_dead_inputs_are_harmless_and_go_first(name: str) -> None:
+    weight, x = problem(4)
+    dead = [0, 5, 6, 17]
+    x[:, dead] = 0
+    result = solve(name, weight, statistics_of(x))
+    assert torch.isfinite(result.weight).all()
+    if PASSES[name].needs != "nothing":
+        assert not result.mask[:, dead].any()
+    if PASSES[name].needs == "hessian":
+        weight[:, dead] = torch.randn(ROWS, len(dead))  # what they multiply is zero, so it must not matter
+        assert torch.equal(solve(name, weight, statistics_of(x)).weight, result.weight)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_groups_of_dead_inputs_keep_the_pattern(name: str) -> None:
+    weight, x = problem(5)
+    x[:, 4:8] = 0
+    result = solve(name, weight, statistics_of(x))
+    assert torch.isfinite(result.weight).all()
+    assert (result.mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_scaling_inputs_changes_nothing(name: str) -> None:
+    weight, x = problem(6)
+    expected = solve(name, weight, statistics_of(x))
+    for scale in (2.0**-20, 2.0**20):
+        scaled = solve(name, weight, statistics_of(x * scale))
+        assert torch.equal(scaled.mask, expected.mask)
+        torch.testing.assert_close(scaled.weight, expected.weight)
+
+
+@pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 0.01])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 23])
+@pytest.mark.parametrize("name", ["sparsegpt", "admm"])
+def test_fewer_tokens_than_inputs_are_enough(name: str, tokens: int, damping: float) -> None:
+    for seed in range(4):
+        weight, x = problem(seed, tokens=tokens, size=64)
+        result = solve(name, weight, statistics_of(x), damping=damping)
+        assert torch.isfinite(result.weight).all()
+        assert result.stats["damping"] >= damping * 0.999
+        assert (result.mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["sparsegpt", "admm"])
+def test_non_finite_hessians_raise(name: str, bad: float) -> None:
+    weight, x = problem(0)
+    x[3, 5] = bad
+    with pytest.raises(HessianError, match="non-finite"):
+        solve(name, weight, statistics_of(x))
+
+
+# --- magnitude and wanda ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_magnitude_equals_the_loop(pattern: str, tied: bool) -> None:
+    weight, x = problem(7)
+    if tied:
+        weight = weight.round()
+    config = configure("magnitude", **PATTERNS[pattern])
+    result = PASSES["magnitude"].solve(weight, statistics_of(x), config)
+    expected = naive_keep([[abs(value) for value in row] for row in weight.tolist()], config)
+    assert result.mask.tolist() == expected
+    assert torch.equal(result.weight, torch.where(torch.tensor(expected), weight, 0))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_wanda_equals_the_loop(pattern: str, tied: bool) -> None:
+    weight, x = problem(8, tokens=64)
+    if tied:
+        weight, x = weight.round(), x.sign()  # every column has norm 1 and most scores tie
+    config = configure("wanda", **PATTERNS[pattern])
+    result = PASSES["wanda"].solve(weight, statistics_of(x), config)
+    norms = [sum(value**2 for value in column) ** 0.5 for column in x.T.tolist()]
+    score = [[abs(value) * norm for value, norm in zip(row, norms, strict=True)] for row in weight.tolist()]
+    expected = naive_keep(score, config)
+    assert result.mask.tolist() == expected
+    assert torch.equal(result.weight, torch.where(torch.tensor(expected), weight, 0))
+
+
+def test_wanda_needs_only_norms() -> None:
+    weight, x = problem(9)
+    norms = InputStatistics(SIZE, hessian=False, device=CPU)
+    norms.add(x)
+    assert torch.equal(solve("wanda", weight, norms).weight, solve("wanda", weight, statistics_of(x)).weight)
+
+
+# --- sparsegpt -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_size": 4},
+        {"pattern": "1:4", "block_size": 8},
+        {"pattern": "4:8", "damping": 0.1},
+        {"pattern": "1:3", "block_size": 9},
+        {"pattern": "unstructured", "density": 0.5},
+        {"pattern": "unstructured", "density": 0.35, "block_size": 7},
+        {"pattern": "unstructured", "density": 0.5, "scope": "layer"},
+        {"pattern": "unstructured", "density": 0.35, "block_size": 7, "scope": "layer"},
+    ],
+    ids=str,
+)
+def test_sparsegpt_equals_textbook_obs(settings: dict[str, Any], seed: int) -> None:
+    weight, x = problem(seed)
+    config = SparseGPTConfig(**settings)
+    statistics = statistics_of(x)
+    result = PASSES["sparsegpt"].solve(weight, statistics, config)
+    expected, keep = naive_obs(weight, statistics.hessian, config)
+    assert np.array_equal(result.mask.numpy(), keep)
+    np.testing.assert_allclose(result.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_sparsegpt_nm_does_not_depend_on_the_block_size(pattern: str) -> None:
+    weight, x = problem(10, size=64)
+    statistics = statistics_of(x)
+    reference = solve("sparsegpt", weight, statistics, pattern=pattern)
+    for block_size in (8, 16, 24, 40, 64):
+        result = solve("sparsegpt", weight, statistics, pattern=pattern, block_size=block_size)
+        assert torch.equal(result.mask, reference.mask)
+        torch.testing.assert_close(result.weight, reference.weight, rtol=1e-4, atol=1e-5)
+        assert result.stats == pytest.approx(reference.stats, rel=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_sparsegpt_reports_the_objective_it_reached(block_size: int) -> None:
+    weight, x = problem(11)
+    statistics = statistics_of(x)
+    result = solve("sparsegpt", weight, statistics, block_size=block_size)
+    hessian = statistics.hessian.double()
+    hessian += result.stats["damping"] * hessian.diagonal().mean() * torch.eye(SIZE)
+    change = (result.weight - weight).double()
+    assert result.stats["obs_loss"] == pytest.approx(float((change @ hessian * change).sum()) / 2, rel=1e-4)
+
+
+def test_sparsegpt_on_uncorrelated_inputs_changes_no_weight_it_keeps() -> None:
+    weight, x = problem(12)
+    result = solve("sparsegpt", weight, statistics_of(torch.eye(SIZE)))
+    assert torch.equal(result.mask, solve("magnitude", weight, statistics_of(x)).mask)
+    torch.testing.assert_close(result.weight, weight * result.mask)
+
+
+# --- admm ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_admm_ends_at_the_least_squares_of_its_mask(pattern: str, damping: float) -> None:
+    weight, x = problem(13)
+    x[:, 2] = 0
+    statistics = statistics_of(x)
+    result = solve("admm", weight, statistics, **PATTERNS[pattern], refine=300, damping=damping)
+    weight[:, 2] = 0
+    hessian = statistics.hessian.double()
+    hessian[2, 2] = hessian.diagonal()[[j for j in range(SIZE) if j != 2]].mean()
+    hessian += damping * hessian.diagonal().diag()  # damping is relative to each input's own mean square
+    expected = least_squares(weight, hessian, result.mask)
+    torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=2e-5)
+
+
+def test_admm_refinement_only_improves_the_weights() -> None:
+    weight, x = problem(14)
+    statistics = statistics_of(x)
+    hessian = statistics.hessian.double()
+    hessian += 0.1 * hessian.diagonal().diag()
+    losses = []
+    for refine in (0, 1, 3, 10, 50):
+        result = solve("admm", weight, statistics, refine=refine)
+        change = (result.weight - weight).double()
+        losses.append(float((change @ hessian * change).sum()))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
+    assert losses[-1] < losses[0]
+
+
+def test_admm_on_uncorrelated_inputs_changes_no_weight_it_keeps() -> None:
+    weight, x = problem(15)
+    # With the penalty equal to the damped diagonal, a weight's score is the same inside and outside the mask.
+    result = solve("admm", weight, statistics_of(torch.eye(SIZE)), penalty=1.1, damping=0.1)
+    assert torch.equal(result.mask, solve("magnitude", weight, statistics_of(x)).mask)
+    torch.testing.assert_close(result.weight, weight * result.mask)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conjugate_gradient_equals_a_direct_solve(seed: int) -> None:
+    weight, x = problem(seed)
+    hessian = statistics_of(x).hessian.double()
+    norm = hessian.diagonal().sqrt()
+    hessian = hessian / norm / norm[:, None] + 0.05 * torch.eye(SIZE)
+    mask = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[0], mask[1] = True, False
+    start = torch.where(mask, weight, 0).double()
+    solution = conjugate_gradient(start, weight.double(), hessian, mask, 200)
+    torch.testing.assert_close(solution, least_squares(weight, hessian, mask), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(solution[0], weight[0].double())  # nothing pruned: the weights themselves
+    assert (solution[~mask] == 0).all()
+    # In fp32, far more steps than inputs neither drift nor produce NaN.
+    single = conjugate_gradient(start.float(), weight, hessian.float(), mask, 1000)
+    torch.testing.assert_close(single.double(), solution, rtol=1e-3, atol=1e-5)
+
+
+def test_conjugate_gradient_stays_at_the_solution() -> None:
+    target = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    assert torch.equal(conjugate_gradient(target, target, torch.eye(8), mask, 5), target)
+    assert torch.equal(conjugate_gradient(target * 0, target, torch.eye(8), mask, 0), target * 0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradual_masks_follow_the_cubic_schedule(pattern: str) -> None:
+    ramp = 8
+    config = configure("admm", **PATTERNS[pattern], iterations=12, ramp=ramp)
+    assert isinstance(config, ADMMConfig)
+    score = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(0))
+    target = pattern_mask(score, config)
+    for step in range(1, config.iterations + 1):
+        mask = gradual_mask(score, config, step)
+        pruned = 1 - (1 - min(step / ramp, 1)) ** 3
+        kept = round((1 - (1 - config.kept) * pruned) * score.numel())
+        assert int(mask.sum()) == max(kept, int(target.sum()))  # each row's count is rounded, up here
+        assert not (target & ~mask).any()
+        rest = score[mask & ~target]
+        assert not len(rest) or rest.min() > score[~mask].max()  # the best of what the pattern drops
+        assert step < ramp or torch.equal(mask, target)
+    half = gradual_mask(score, config, ramp // 2)
+    assert int((~half).sum()) == pytest.approx(0.875 * (1 - config.kept) * score.numel(), abs=0.6)
+
+
+def test_gradual_masks_of_equal_scores_still_end_at_the_pattern() -> None:
+    config = ADMMConfig(iterations=3, ramp=3)
+    for score in (torch.zeros(2, 8), torch.ones(2, 8)):
+        assert gradual_mask(score, config, 3).tolist() == [[True, True, False, False] * 2] * 2
+        assert (gradual_mask(score, config, 1) | ~gradual_mask(score, config, 3)).all()
+
+
+# --- hessians --------------------------------------------------------------------------------------------------
+
+
+def test_damping_is_exactly_the_requested_fraction_when_that_suffices() -> None:
+    hessian = statistics_of(problem(0)[1]).hessian
+    factor, level = damped_cholesky(hessian, 0.01)
+    assert level == 0.01
+    expected = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(SIZE)
+    torch.testing.assert_close(factor @ factor.T, expected)
+
+
+def test_damping_escalates_by_powers_of_ten() -> None:
+    hessian = torch.ones(16, 16)
+    before = hessian.clone()
+    factor, level = damped_cholesky(hessian, 1e-10)  # 1 + 1e-10 is 1 in fp32
+    assert level in [1e-10 * 10**attempt for attempt in range(1, 5)]
+    assert torch.isfinite(factor).all()
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize("hessian", [-torch.eye(4), torch.zeros(4, 4)], ids=["negative", "zero"])
+def test_hopeless_hessians_raise(hessian: Tensor) -> None:
+    with pytest.raises(HessianError, match="even with damping 100"):
+        damped_cholesky(hessian, 0.01)
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 500])
+@pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 1e-2])
+def test_inverse_factors_are_upper_triangular_and_invert(tokens: int, damping: float) -> None:
+    for seed in range(4):
+        hessian = statistics_of(problem(seed, tokens=tokens, size=64)[1]).hessian
+        upper, level = inverse_upper_factor(hessian, damping)
+        assert torch.equal(upper, upper.triu())
+        assert (upper.diagonal() > 0).all()
+        if level >= 1e-4:
+            damped = (hessian + level * hessian.diagonal().mean() * torch.eye(64)).double()
+            product = upper.double() @ damped @ upper.double().T
+            torch.testing.assert_close(product, torch.eye(64, dtype=torch.float64), rtol=0, atol=0.05)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 513, 1031])
+def test_the_hessian_is_the_mean_outer_product(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    parts = [torch.randn(*lead, size, generator=generator) for lead in [(1, 9), (2, 3), (5,), (1, 0)]]
+    full, light = (InputStatistics(size, hessian=hessian, device=CPU) for hessian in (True, False))
+    for part in parts:
+        full.add(part)
+        light.add(part)
+    x = np.concatenate([part.numpy().reshape(-1, size) for part in parts]).astype(np.float64)
+    assert full.tokens == light.tokens == len(x) == 20
+    np.testing.assert_allclose(full.hessian.numpy(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(full.hessian, full.hessian.T)
+    np.testing.assert_allclose(light.mean_square.numpy(), (x**2).mean(0), rtol=1e-5)
+    torch.testing.assert_close(full.mean_square, light.mean_square)
+    torch.testing.assert_close(full.mean_square, full.hessian.diagonal())
+
+
+@pytest.mark.parametrize("tile", [1, 3, 8, 10, 64])
+def test_gram_tiles_cover_the_upper_triangle(tile: int) -> None:
+    rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(10, 10)
+    add_gram(total, rows, tile)
+    add_gram(total, rows, tile)
+    torch.testing.assert_close(mirror_upper(total), 2 * rows.T @ rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_16_bit_inputs_do_not_overflow(dtype: torch.dtype) -> None:
+    x = torch.full((100, 4), 3e4).to(dtype)
+    statistics = statistics_of(x)
+    torch.testing.assert_close(statistics.hessian, torch.full((4, 4), float(x[0, 0]) ** 2))
+
+
+def test_diagonal_statistics_have_no_hessian() -> None:
+    statistics = InputStatistics(4, hessian=False, device=CPU)
+    with pytest.raises(ValueError, match="without a Hessian"):
+        _ = statistics.hessian
+
+
+@pytest.mark.parametrize("hessian", [True, False])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(7, 4), "no non-zero input in 7 calibration tokens"),
+        (torch.zeros(0, 4), "no non-zero input in 0 calibration tokens"),
+        (torch.tensor([[1.0, float("nan"), 1, 1]] * 5), "not finite after 5 calibration tokens"),
+        (torch.tensor([[1.0, float("-inf"), 1, 1]] * 3), "not finite after 3 calibration tokens"),
+    ],
+)
+def test_unusable_statistics_name_the_module_and_the_tokens(x: Tensor, message: str, hessian: bool) -> None:
+    statistics = InputStatistics(4, hessian=hessian, device=CPU)
+    statistics.add(x)
+    with pytest.raises(RunError, match=rf"^model\.layers\.0\.q_proj: .*{re.escape(message)}") as error:
+        statistics.require_usable("model.layers.0.q_proj")
+    assert "\n" not in str(error.value)
+
+
+def test_one_non_zero_input_is_usable() -> None:
+    statistics_of(torch.tensor([[0.0, 0, 1e-3, 0]])).require_usable("q_proj")
+
+
+class Attention(nn.Module):
+    """Linears that share an input, one that gets an equal copy, one with its own, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "copy", "o", "unused"):
+            self.add_module(name, nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.q(x) + self.k(x) + self.v(x)
+        return self.o(mixed + self.copy(x.clone()))
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return {name: module for name, module in self.named_children() if isinstance(module, nn.Linear)}
+
+
+@pytest.fixture
+def attention() -> Attention:
+    torch.manual_seed(0)
+    return Attention().requires_grad_(False)
+
+
+@pytest.mark.parametrize("hessian", [True, False])
+def test_linears_with_one_input_share_statistics(attention: Attention, hessian: bool) -> None:
+    inputs = [torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(tokens)) for tokens in (3, 5, 4)]
+    seen: list[Tensor] = []
+    attention.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with collect(attention.linears(), hessian=hessian) as statistics:
+        for x in inputs:
+            attention(x)
+    assert set(statistics) == {"q", "k", "v", "copy", "o"}
+    assert statistics["q"] is statistics["k"] is statistics["v"]
+    assert len({id(statistics[name]) for name in ("q", "copy", "o")}) == 3
+    for name, expected in (("q", inputs), ("copy", inputs), ("o", seen)):
+        rows = torch.cat(expected, dim=1)[0]
+        assert statistics[name].tokens == 12
+        torch.testing.assert_close(statistics[name].mean_square, rows.square().mean(0))
+        if hessian:
+            torch.testing.assert_close(statistics[name].hessian, rows.T @ rows / 12)
+
+
+@pytest.mark.parametrize(
+    "watch", [lambda linears: collect(linears, hessian=True), keep_inputs], ids=["collect", "keep"]
+)
+def test_hooks_are_removed_even_after_an_error(attention: Attention, watch: Callable[..., Any]) -> None:
+    with pytest.raises(RuntimeError, match="boom"), watch(attention.linears()):
+        attention(torch.ones(1, 2, 8))
+        raise RuntimeError("boom")
+    assert not any(module._forward_pre_hooks for module in attention.modules())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "expected"), [(5, 256, 5), (256, 256, 256), (257, 256, 256), (900, 256, 256), (10, 3, 3)]
+)
+def test_kept_inputs_have_at_most_the_rows_asked_for(
+    attention: Attention, tokens: int, rows: int, expected: int
+) -> None:
+    x = torch.arange(tokens, dtype=torch.float32)[None, :, None].expand(1, tokens, 8)
+    with keep_inputs(attention.linears(), rows) as kept:
+        attention(x)
+    assert set(kept) == {"q", "k", "v", "copy", "o"}
+    assert all(tuple(value.shape) == (expected, 8) for value in kept.values())
+    assert kept["q"] is kept["k"] is kept["v"]
+    assert torch.equal(kept["q"], kept["copy"])
+    chosen = kept["q"][:, 0].tolist()
+    assert len(set(chosen)) == expected
+    gaps = {after - before for before, after in pairwise(chosen)}
+    assert len(gaps) <= 1
+
+
+def test_kept_inputs_do_not_follow_later_changes(attention: Attention) -> None:
+    x = torch.ones(1, 4, 8)
+    with keep_inputs(attention.linears()) as kept:
+        attention(x)
+    x.zero_()
+    assert torch.equal(kept["q"], torch.ones(4, 8))
