@@ -185,15 +185,13 @@ class _Run:
     def _solve(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[LayerReport]:
         """Collect statistics of the compressed stream, then solve and replace every linear of the block."""
         walker = self.walker
-        by_need: dict[bool, dict[str, nn.Linear]] = {True: {}, False: {}}
-        for name, linear in linears.items():
-            by_need[PASSES[self.stages[name].name].needs == "hessian"][name] = linear
-        with collect(by_need[True], hessian=True) as full, collect(by_need[False], hessian=False) as light:
-            for x in self.hidden:
-                walker.run(index, block, x)
-        statistics = {**full, **light}
-        with keep_inputs(linears) as held_out:
-            walker.run(index, block, self.dev[0])
+        hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in linears)
+
+        def forward(x: Tensor) -> Tensor:
+            return walker.run(index, block, x)
+
+        statistics = collect(linears, hessian, forward, self.hidden)
+        held_out = keep_inputs(linears, forward, self.dev[0])
         layers = []
         for name, linear in linears.items():
             layers.append(self._solve_linear(name, linear, statistics.get(name), held_out.get(name)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import resource
 import sys
 
@@ -16,7 +15,6 @@ def peak_rss_gb() -> float:
 
 def release_memory() -> None:
     """Return freed heap to the system. glibc keeps it otherwise, and block after block the process would grow."""
-    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:

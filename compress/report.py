@@ -57,7 +57,7 @@ class Verification(BaseModel):
 
 class CompressionReport(BaseModel):
     """The result of `compress_checkpoint`. `seconds` is wall time and `peak_rss_gb` the peak resident memory of the
-    process (10^9 bytes); bits are defined in `serving/inspect.py`; `windows_sha256` is over the int64 calibration tokens."""
+    process (10^9 bytes); bits are defined in `serving/inspect.py`; `windows_sha256` is of the calibration tokens."""
 
     model: str
     note: str | None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -72,64 +72,87 @@ def mirror_upper(upper: Tensor) -> Tensor:
     return torch.triu(upper) + torch.triu(upper, 1).T
 
 
-@contextmanager
-def collect(linears: dict[str, nn.Linear], hessian: bool) -> Iterator[dict[str, InputStatistics]]:
-    """Hook `linears` (name -> module) and fill one InputStatistics per distinct input while the block runs.
+Forward = Callable[[Tensor], object]
 
-    Linears that read the same tensor (q/k/v, gate/up) share one object in the returned mapping. Which ones do is seen
-    on the first forward pass: they receive the very same storage, one right after the other.
+
+def collect(
+    linears: Mapping[str, nn.Linear], hessian: bool, forward: Forward, inputs: Iterable[Tensor]
+) -> dict[str, InputStatistics]:
+    """Run `forward` on each of `inputs` and measure what the `linears` (name -> module) inside it receive.
+
+    Linears that read the same tensor (q/k/v, gate/up) share one InputStatistics; a linear that is never called is
+    missing from the result. Which share is seen on the first pass: they receive the very same tensor in a row.
     """
     statistics: dict[str, InputStatistics] = {}
     leader: dict[str, str] = {}
-    last: tuple[str, Tensor] | None = None
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal last
-            x: Tensor = args[0]
-            if name not in leader:
-                shared = last is not None and last[1] is x
-                leader[name] = leader[last[0]] if shared and last is not None else name
-                if not shared:
-                    statistics[name] = InputStatistics(x.shape[-1], hessian, x.device)
-                last = (name, x)
-            if leader[name] == name:
-                statistics[name].add(x)
+    def measure(name: str, x: Tensor, before: tuple[str, Tensor] | None) -> None:
+        if name not in leader:
+            shared = before is not None and before[1] is x
+            leader[name] = leader[before[0]] if shared and before is not None else name
+            if not shared:
+                statistics[name] = InputStatistics(x.shape[-1], hessian, x.device)
+        if leader[name] == name:
+            statistics[name].add(x)
 
-        return before
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
-        last = None
-        for name, first in leader.items():
-            statistics[name] = statistics[first]
+    _watch(linears, forward, inputs, measure)
+    return {name: statistics[first] for name, first in leader.items()}
 
 
-@contextmanager
-def keep_inputs(linears: dict[str, nn.Linear], rows: int = 256) -> Iterator[dict[str, Tensor]]:
-    """Keep up to `rows` evenly spaced input rows `[rows, K]` of each linear from the last forward pass in the `with`."""
+def keep_inputs(linears: Mapping[str, nn.Linear], forward: Forward, x: Tensor, rows: int = 256) -> dict[str, Tensor]:
+    """Run `forward` on `x` once; up to `rows` evenly spaced input rows `[rows, K]` of each of the `linears`."""
     kept: dict[str, Tensor] = {}
-    last: tuple[Tensor, Tensor] | None = None
+
+    def keep(name: str, x: Tensor, before: tuple[str, Tensor] | None) -> None:
+        if before is not None and before[1] is x:
+            kept[name] = kept[before[0]]
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        kept[name] = flat[:: -(-len(flat) // rows)].clone()
+
+    _watch(linears, forward, [x], keep)
+    return kept
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass whose remaining work nobody needs."""
+
+
+def _watch(
+    linears: Mapping[str, nn.Linear],
+    forward: Forward,
+    inputs: Iterable[Tensor],
+    see: Callable[[str, Tensor, tuple[str, Tensor] | None], None],
+) -> None:
+    """Call `see(name, x, (name, x) of the call before)` for every call of a linear while `forward` runs on `inputs`.
+
+    Once a first pass has called each linear exactly once, later passes end at the last of them: the matmul behind the
+    last input (a quarter of a Llama block's work) is not needed to know that input.
+    """
+    calls: list[str] = []
+    last: str | None = None
+    before: tuple[str, Tensor] | None = None
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal last
-            x: Tensor = args[0]
-            if last is None or last[0] is not x:  # linears that share an input share its rows
-                flat = x.reshape(-1, x.shape[-1])
-                last = (x, flat[:: -(-len(flat) // rows)].clone())
-            kept[name] = last[1]
+        def on_call(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal before
+            see(name, args[0], before)
+            before = (name, args[0])
+            calls.append(name)
+            if name == last:
+                raise _AllSeen
 
-        return before
+        return on_call
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
-        yield kept
+        for x in inputs:
+            calls.clear()
+            before = None
+            with suppress(_AllSeen):
+                forward(x)
+            if sorted(calls) == sorted(linears):
+                last = calls[-1]
     finally:
         for handle in handles:
             handle.remove()
-        last = None

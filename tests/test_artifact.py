@@ -1,4 +1,4 @@
-"""A compressed folder loads into what was compressed, survives saving, and is refused when anything is wrong with it."""
+"""A compressed folder loads into what was compressed, survives saving, and is refused when it is damaged."""
 
 from __future__ import annotations
 
@@ -469,7 +469,8 @@ CONFIGS = {
     "a list": b"[]",
     "not UTF-8": b"\xff\xfe",
     "nested too deep": b"[" * 100_000,
-    "a list for the method": b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": [1]}',
+    "a list for the method": b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"],'
+    b' "quantization_config": [1]}',
     "another method": b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"],'
     b' "quantization_config": {"quant_method": "gptq", "bits": 4}}',
 }

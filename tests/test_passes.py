@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -608,9 +607,7 @@ def test_linears_with_one_input_share_statistics(attention: Attention, hessian: 
     inputs = [torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(tokens)) for tokens in (3, 5, 4)]
     seen: list[Tensor] = []
     attention.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with collect(attention.linears(), hessian=hessian) as statistics:
-        for x in inputs:
-            attention(x)
+    statistics = collect(attention.linears(), hessian, attention, inputs)
     assert set(statistics) == {"q", "k", "v", "copy", "o"}
     assert statistics["q"] is statistics["k"] is statistics["v"]
     assert len({id(statistics[name]) for name in ("q", "copy", "o")}) == 3
@@ -622,14 +619,37 @@ def test_linears_with_one_input_share_statistics(attention: Attention, hessian: 
             torch.testing.assert_close(statistics[name].hessian, rows.T @ rows / 12)
 
 
-@pytest.mark.parametrize(
-    "watch", [lambda linears: collect(linears, hessian=True), keep_inputs], ids=["collect", "keep"]
-)
-def test_hooks_are_removed_even_after_an_error(attention: Attention, watch: Callable[..., Any]) -> None:
-    with pytest.raises(RuntimeError, match="boom"), watch(attention.linears()):
-        attention(torch.ones(1, 2, 8))
+def test_hooks_are_removed_even_after_an_error(attention: Attention) -> None:
+    def fail(x: Tensor) -> None:
+        attention(x)
         raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        collect(attention.linears(), True, fail, [torch.ones(1, 2, 8)])
     assert not any(module._forward_pre_hooks for module in attention.modules())
+
+
+def test_later_passes_end_at_the_last_input_but_not_when_a_linear_is_called_twice(attention: Attention) -> None:
+    inputs = [torch.ones(1, 2, 8)] * 3
+    finished = []
+
+    def once(x: Tensor) -> None:
+        attention(x)
+        finished.append("once")
+
+    def twice(x: Tensor) -> None:
+        attention(x)
+        attention(x)
+        finished.append("twice")
+
+    called = {name: linear for name, linear in attention.linears().items() if name != "unused"}
+    assert collect(called, True, once, inputs)["o"].tokens == 6
+    assert finished == ["once"]
+    assert collect(called, True, twice, inputs)["o"].tokens == 12
+    assert finished[1:] == ["twice"] * 3
+    # A linear that sat out the first pass may run in a later one (routed experts do).
+    assert collect(attention.linears(), True, once, inputs)["o"].tokens == 6
+    assert finished[4:] == ["once"] * 3
 
 
 @pytest.mark.parametrize(
@@ -639,8 +659,7 @@ def test_kept_inputs_have_at_most_the_rows_asked_for(
     attention: Attention, tokens: int, rows: int, expected: int
 ) -> None:
     x = torch.arange(tokens, dtype=torch.float32)[None, :, None].expand(1, tokens, 8)
-    with keep_inputs(attention.linears(), rows) as kept:
-        attention(x)
+    kept = keep_inputs(attention.linears(), attention, x, rows)
     assert set(kept) == {"q", "k", "v", "copy", "o"}
     assert all(tuple(value.shape) == (expected, 8) for value in kept.values())
     assert kept["q"] is kept["k"] is kept["v"]
@@ -653,7 +672,6 @@ def test_kept_inputs_have_at_most_the_rows_asked_for(
 
 def test_kept_inputs_do_not_follow_later_changes(attention: Attention) -> None:
     x = torch.ones(1, 4, 8)
-    with keep_inputs(attention.linears()) as kept:
-        attention(x)
+    kept = keep_inputs(attention.linears(), attention, x)
     x.zero_()
     assert torch.equal(kept["q"], torch.ones(4, 8))
