@@ -6,8 +6,9 @@
 Both tools see the same calibration windows and run on the CPU as one child process each, measured from
 outside: wall seconds and peak resident memory of that process, imports included. `halfweight eval` scores the
 dense model and every pruned one. Runs of the two tools alternate, so slow spells of the machine hit both.
-Each finished run is a small JSON file in --out; the same command goes on where it stopped. halfweight's time
-includes tokenizing the calibration text; the peer is handed token ids.
+Each finished run is a small JSON file in --out; the same command goes on where it stopped, and --report-only makes the
+table of all finished runs. halfweight's time includes tokenizing the calibration text, dev-set perplexities, and
+reloading and checking what it wrote; the peer is handed token ids and only saves.
 
 This process stays small on purpose: Linux counts the memory of the parent that starts a child into the
 child's peak, so whatever needs torch happens in a process of its own.
@@ -39,7 +40,7 @@ from rich.table import Table
 PEER = "llmcompressor"
 OURS = "halfweight"
 PEER_PACKAGE = "llmcompressor>=0.14,<0.15"
-HALFWEIGHT = [sys.executable, "-m", OURS]
+HALFWEIGHT = [str(Path(sys.executable).with_name(OURS))]
 PEER_SCRIPT = Path(__file__).resolve().parent / "peers" / "llmcompressor_oneshot.py"
 # halfweight's method -> the peer's method it is held against; the peer has no ADMM, so its best stands in.
 COUNTERPART = {"sparsegpt": "sparsegpt", "wanda": "wanda", "admm": "sparsegpt"}
@@ -54,20 +55,19 @@ console = Console()
 
 
 def make_windows(model: Path, text: Path, samples: int, seqlen: int, seed: int, out: Path) -> str:
-    """Sample windows from the first 90 % of the text's tokens, save them, and return their SHA-256."""
+    """Save the windows that `halfweight compress` would sample, and return their SHA-256."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    usable = int(0.9 * len(tokens))
-    starts = torch.randint(0, usable - seqlen, (samples,), generator=torch.Generator().manual_seed(seed))
-    windows = torch.stack([tokens[start : start + seqlen] for start in starts.tolist()])
-    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        windows[:, 0] = tokenizer.bos_token_id
-    save_file({"input_ids": windows}, out)
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    from halfweight.compress.calibration import load_windows
+    from halfweight.compress.journal import tokens_hash
+    from halfweight.compress.recipe import Calibration
+    from halfweight.serving.load import load_tokenizer
+
+    settings = Calibration(data=str(text), samples=samples, seqlen=seqlen, seed=seed)
+    windows = load_windows(settings, load_tokenizer(model), model).calibration
+    save_file({"input_ids": torch.stack(windows)}, out)
+    return tokens_hash(windows)
 
 
 # --- processes ---
@@ -188,6 +188,14 @@ class Comparison:
                     self.cell((model, PEER, COUNTERPART[method], seed), settings)
                     self.cell((model, OURS, method, seed), settings)
                 self.report()
+
+    def read_finished(self) -> None:
+        """Take every finished run in --out into `cells`, whatever this command's models, methods and seeds."""
+        for path in sorted(self.args.out.glob("*.json")):
+            record = read_json(path)
+            if {"model", "tool", "method", "seed"} <= record.keys():
+                self.cells[record["model"], record["tool"], record["method"], record["seed"]] = record
+        self.report()
 
     def cell(self, key: Key, settings: Record) -> None:
         """Put the finished run for this key into `cells`, making it when there is none."""
@@ -423,6 +431,7 @@ def parse_args() -> argparse.Namespace:
         choices=["dense", PEER, OURS],
         help="redo finished runs (of the tools named, or of all)",
     )
+    parser.add_argument("--report-only", action="store_true", help="run nothing; tabulate what --out holds")
     parser.add_argument("--peer-python", help="interpreter with llm-compressor (default: build one)")
     parser.add_argument("--peer-torch", default="torch==2.13.0", help="torch for that environment")
     args = parser.parse_args()
@@ -437,7 +446,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     comparison = Comparison(parse_args())
-    comparison.run()
+    comparison.read_finished() if comparison.args.report_only else comparison.run()
     print_table(comparison.rows())
 
 

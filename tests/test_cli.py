@@ -184,7 +184,7 @@ def test_eval_equals_a_plain_computation(
     result = read(tmp_path / "e.json")
 
     text = text_file.read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]  # with BOS, where the tokenizer adds it
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count = len(ids) // seqlen if windows is None else windows
     losses = []
@@ -426,7 +426,7 @@ BAD_INPUT: dict[str, Case] = {
     "flag without a value": (lambda w: w.compress(None, "--samples"), ("--samples",)),
     "no --out": (lambda w: ["compress", w.llama], ("--out",)),
     "no model": (lambda w: ["eval"], ("model",)),
-    "not a number": (lambda w: w.compress(None, "--samples", "many"), ("--samples", "many")),
+    "not a number": (lambda w: w.compress(None, "--samples", "many"), ("--samples",)),
     "out of range": (lambda w: w.compress(None, "--samples", "0"), ("--samples",)),
     # Models.
     "missing model": (lambda w: w.compress(w.bad / "nowhere"), ("nowhere",)),
@@ -438,7 +438,7 @@ BAD_INPUT: dict[str, Case] = {
     "config not JSON": (lambda w: w.compress(w.bad / "config-not-json"), ("config.json",)),
     "config too deep": (lambda w: w.compress(w.bad / "config-deep"), ("config.json",)),
     "config with a wrong type": (lambda w: w.compress(w.bad / "config-type"), ("config-type", "hidden_size")),
-    "config with a wrong type, eval": (lambda w: ["eval", w.bad / "config-type"], ("hidden_size",)),
+    "config with a wrong type, eval": (lambda w: ["eval", w.bad / "config-type"], ("config-type",)),
     "config of another shape, eval": (
         lambda w: ["eval", w.bad / "config-shape", "--text", w.text, "--seqlen", "32"],
         ("shape", "model.safetensors"),
