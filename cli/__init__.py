@@ -14,12 +14,21 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer
 
+    from ..compress.memory import return_large_blocks
     from ..serving.errors import HalfweightError
     from .app import app
     from .output import fail
 
+    # typer brings its own copy of click, or uses the one installed, by release.
+    click_exception = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    return_large_blocks()
     try:
-        app()
+        status = app(prog_name="halfweight", standalone_mode=False)
+        if status == 130:  # typer's way of reporting Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status or 0)
+    except click_exception as error:
+        fail(f"{error.format_message()}; see `halfweight --help`", 2)
     except HalfweightError as error:
         fail(str(error), error.exit_code)
     except MemoryError:

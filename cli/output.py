@@ -71,25 +71,25 @@ def progress_bars() -> Iterator[OnProgress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}", style="dim"),
     )
-    with Bar(*columns, console=err) as bar:
-        tasks: dict[str, TaskID] = {}
+    bar = Bar(*columns, console=err)
+    tasks: dict[str, TaskID] = {}
 
-        def show(progress: Progress) -> None:
-            if progress.stage == "model":
-                bar.console.print(escape(progress.detail), soft_wrap=True, highlight=False)
-                return
-            if progress.stage not in tasks:
-                for other in tasks.values():
-                    bar.update(other, completed=bar.tasks[other].total, detail="")
-                tasks[progress.stage] = bar.add_task(_STAGES.get(progress.stage, progress.stage), detail="")
-            bar.update(
-                tasks[progress.stage],
-                completed=progress.done,
-                total=progress.total,
-                detail=escape(progress.detail),
-            )
+    def show(progress: Progress) -> None:
+        if progress.stage == "model":
+            say(progress.detail)
+            return
+        bar.start()  # not earlier: an error before the first step must be the only line
+        if progress.stage not in tasks:
+            for other in tasks.values():
+                bar.update(other, completed=bar.tasks[other].total, detail="")
+            tasks[progress.stage] = bar.add_task(_STAGES.get(progress.stage, progress.stage), detail="")
+        bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, detail=escape(progress.detail))
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def human_bytes(count: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.errors import InputError
 from ..serving.linear import check_linears
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, logit_chunk, tensor_names, tied_names
+
+
+def open_dense(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; raises InputError when it is compressed already."""
+    checkpoint = Checkpoint(path)
+    if checkpoint.artifact is not None:
+        raise InputError(f"{path}: is compressed by halfweight already; start from the dense checkpoint")
+    return checkpoint
 
 
 class BlockWalker:
@@ -84,21 +93,15 @@ class BlockWalker:
             _to_meta(block)
 
     def _materialize(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
-        names, tied = self._names, tied_names(self.model)
+        names = self._names
         state = {}
-        for key, tensor in module.state_dict(keep_vars=True).items():
+        for key in module.state_dict(keep_vars=True):
             full = f"{prefix}.{key}" if prefix else key
             if skip is not None and full.startswith(skip):
                 continue
             if full not in names:
-                if full not in tied:
-                    raise InputError(f"{self.checkpoint.path}: tensor {full} is missing from the checkpoint")
-                continue
+                continue  # tied to one that is read; build_skeleton has checked that nothing else is missing
             info = self.checkpoint.info(names[full])
-            if info.shape != tuple(tensor.shape):
-                raise InputError(
-                    f"{info.file}: tensor {names[full]} has shape {list(info.shape)}, expected {list(tensor.shape)}"
-                )
             wanted = self.dtype if info.dtype.is_floating_point else None
             state[key] = self.checkpoint.read(names[full], wanted, self.device)
         module.load_state_dict(state, assign=True, strict=False)

@@ -41,15 +41,20 @@ def load_windows(
 
     Raises InputError when the windows exceed the model's context `max_length` or the text is too short.
     """
+    check_context(settings, max_length)
+    bos = bos_token(tokenizer)
+    if settings.data == "self":
+        return self_windows(settings, model, bos)
+    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos)
+
+
+def check_context(settings: Calibration, max_length: int | None) -> None:
+    """Raise InputError when the windows do not fit the model's context of `max_length` tokens."""
     if max_length is not None and settings.seqlen > max_length:
         raise InputError(
             f"calibration windows of {settings.seqlen} tokens exceed the model's context of {max_length};"
             f" use --seqlen {max_length} or less"
         )
-    bos = bos_token(tokenizer)
-    if settings.data == "self":
-        return self_windows(settings, model, bos)
-    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos)
 
 
 def text_windows(tokens: Tensor, settings: Calibration, bos: int | None) -> Windows:

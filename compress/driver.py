@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
-from ..serving.errors import InputError, RunError
+from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
 from ..serving.linear import pack_weight, unpack_weight
 from ..serving.load import load_tokenizer, resolve_device, resolve_dtype, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from . import writer
-from .blocks import BlockWalker
+from .blocks import BlockWalker, open_dense
 from .calibration import Windows, load_windows
-from .journal import JOURNAL, Journal, fingerprint, tokens_hash
+from .journal import Journal, fingerprint, tokens_hash
 from .memory import peak_rss_gb, release_memory
 from .passes import PASSES, StageConfig
 from .passes.hessian import HessianError
@@ -62,9 +62,7 @@ def compress_checkpoint(
         trust_remote_code=trust_remote_code,
         report=lambda text: progress(Progress("model", 0, 1, text)),
     )
-    checkpoint = Checkpoint(source.path)
-    if checkpoint.artifact is not None:
-        raise InputError(f"{model}: is compressed by halfweight already; start from the dense checkpoint")
+    checkpoint = open_dense(source.path)
     where = resolve_device(device)
     walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
     stages = recipe.resolve(walker.linear_shapes())
@@ -119,8 +117,9 @@ def compress_checkpoint(
         versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
     )
     writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
-    (partial / JOURNAL).unlink()
     writer.publish(partial, out)
+    for name in (*(part_name(index) for index in range(walker.n_blocks)), writer.JOURNAL):
+        (out / name).unlink()
     progress(Progress("verify", 1, 1))
     return report
 
@@ -192,6 +191,7 @@ class _Run:
 
         statistics = collect(linears, hessian, forward, self.hidden)
         held_out = keep_inputs(linears, forward, self.dev[0])
+        release_memory()  # the solvers need other sizes than the forward passes left behind
         layers = []
         for name, linear in linears.items():
             layers.append(self._solve_linear(name, linear, statistics.get(name), held_out.get(name)))
@@ -260,6 +260,7 @@ class _Run:
         difference = max(float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True))
         tolerance = _TOLERANCE.get(self.walker.dtype, 1e-2)
         if not difference <= tolerance:
+            (folder / writer.JOURNAL).write_text("")  # these parts must not be resumed
             raise RunError(
                 f"{folder}: the reloaded checkpoint's outputs differ by {difference:.2e} (relative RMS, allowed"
                 f" {tolerance:.0e}); the artifact was not published, please report this"
@@ -287,8 +288,6 @@ def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe
     kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in scheme.linears}
     packed = {n: t for i in range(walker.n_blocks) for n, t in read_header(partial / part_name(i)).items()}
     writer.write_shards({**kept, **packed}, partial, _SHARD_BYTES)
-    for index in range(walker.n_blocks):
-        (partial / part_name(index)).unlink()
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.model_dump()}
     config.pop("transformers_weights", None)
     writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")

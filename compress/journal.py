@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
-from .writer import disk_errors, write_text
-
-JOURNAL = "journal.jsonl"
+from .writer import JOURNAL, disk_errors, write_text
 
 
 class Journal:

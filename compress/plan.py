@@ -11,13 +11,12 @@ import psutil
 import torch
 from pydantic import BaseModel
 
-from ..serving.checkpoint import Checkpoint
 from ..serving.load import resolve_device, resolve_dtype, stored_dtype
 from ..serving.scheme import FUSED
 from ..serving.skeleton import logit_chunk
 from ..serving.sources import resolve_model
-from .blocks import BlockWalker
-from .calibration import DEV_SHARE
+from .blocks import BlockWalker, open_dense
+from .calibration import DEV_SHARE, check_context
 from .passes import PASSES, StageConfig
 from .recipe import Recipe
 
@@ -72,10 +71,11 @@ def plan(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     source = resolve_model(str(model), trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(source.path)
+    checkpoint = open_dense(source.path)
     where = resolve_device(device)
     walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
+    check_context(recipe.calibration, walker.max_length)
     stages = recipe.resolve(shapes)
 
     tensors = walker.stored()

@@ -84,7 +84,7 @@ class Recipe(BaseModel):
             raise InputError(f"{path}: no such recipe file; `halfweight recipes` lists the shipped ones") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: a recipe is a mapping with the key `stages`")

@@ -39,6 +39,7 @@ _COMPANIONS = (
     "NOTICE*",
 )
 
+JOURNAL = "journal.jsonl"
 _COPY_BYTES = 2**24
 
 
@@ -63,11 +64,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def prepare(out: Path, overwrite: bool) -> Path:
     """Create the work folder `OUT.partial`; raises InputError when `out` is taken, or cannot be written."""
+    if not out.name:
+        raise InputError(f"{out}: cannot be created or replaced as a whole; choose another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(f"{out}: the folder is not empty; choose another --out, or pass --overwrite to replace it")
     partial = out.with_name(out.name + ".partial")
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL).is_file():
+        raise InputError(f"{partial}: holds files that are not an unfinished run; move them, or choose another --out")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         probe = partial / ".writable"
@@ -193,7 +198,12 @@ def publish(partial: Path, out: Path) -> None:
             shutil.rmtree(old)
         if out.exists():
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         sync_folder(out.parent)
         if old.exists():
             shutil.rmtree(old)

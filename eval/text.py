@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def read_text(file: str | Path) -> str:
         text = raw.decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such text file") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
@@ -51,8 +52,8 @@ def _documents(path: Path, text: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from None
         value = record if isinstance(record, str) else None
         if isinstance(record, dict):
             value = next((record[key] for key in _TEXT_KEYS if isinstance(record.get(key), str)), None)

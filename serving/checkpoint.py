@@ -75,10 +75,23 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     " download it again"
                 )
             tensors[name] = TensorInfo(file, dtype, shape, 8 + length + start, end - start)
+        end = 8 + length
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+            if info.start != end:  # the format allows neither holes nor overlaps
+                raise InputError(f"{file}: header of tensor {name} contradicts itself; download it again")
+            end += info.nbytes
         return tensors
     except FileNotFoundError:
         raise InputError(f"{file}: missing; the checkpoint's index names it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file}: not a readable safetensors file ({error})") from None
@@ -161,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; is {file.parent} a Hugging Face checkpoint?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise InputError(f"{file}: expected a JSON object")

@@ -9,6 +9,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .skeleton import build_skeleton
 
 DTYPE_NAMES = {
     "float32": torch.float32,
@@ -59,23 +60,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def load_config(checkpoint: Checkpoint) -> Any:
-    """The transformers config of a causal language model; raises InputError for any other kind of model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint.path / 'config.json'}: {str(error).splitlines()[0]}") from None
-    architecture = (checkpoint.config.get("architectures") or ["unknown"])[0]
-    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or config.is_encoder_decoder:
-        raise InputError(
-            f"{checkpoint.path}: {architecture} is not a causal language model; halfweight compresses decoders"
-        )
-    return config
-
-
 def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
     """Load a checkpoint folder, dense or compressed, as a transformers causal language model in eval mode.
 
@@ -86,8 +70,7 @@ def load(path: str | Path, device: str | torch.device = "auto", dtype: str | tor
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(path)
-    load_config(checkpoint)
-    _ = checkpoint.artifact  # refuses a config this release cannot run, with a better message than transformers'
+    build_skeleton(checkpoint, torch.float32)  # refuses what transformers would load with random weights
     where = resolve_device(device)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=resolve_dtype(dtype, where, stored_dtype(checkpoint)), local_files_only=True
@@ -101,5 +84,5 @@ def load_tokenizer(path: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # as above
+        raise InputError(f"{path}: no usable tokenizer ({' '.join(str(error).split())})") from None

@@ -79,7 +79,7 @@ class ArtifactConfig(BaseModel):
     def parse(cls, data: Mapping[str, Any], where: str) -> ArtifactConfig:
         """Validate the dictionary read from `where`; raises InputError with one line naming the first thing wrong."""
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise InputError(
                 f"{where}: format_version {version!r} is not supported (this halfweight reads {FORMAT_VERSION});"
                 " use a matching halfweight release"

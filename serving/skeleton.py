@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorInfo
 from .errors import InputError
 from .linear import TwoFourLinear, swap_linears
-from .load import load_config
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a causal language model; raises InputError for any other kind of model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad config; all mean the same to the user
+        raise InputError(f"{checkpoint.path / 'config.json'}: {' '.join(str(error).split())}") from None
+    architecture = (checkpoint.config.get("architectures") or ["unknown"])[0]
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or config.is_encoder_decoder:
+        raise InputError(
+            f"{checkpoint.path}: {architecture} is not a causal language model; halfweight compresses decoders"
+        )
+    return config
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The checkpoint's causal model, compressed modules included, with parameters on meta and computed buffers real.
 
-    Raises InputError when the model is not causal or its quantization_config does not fit it.
+    Raises InputError when the model is not causal, its quantization_config does not fit it, or the checkpoint lacks a
+    tensor or has one of another shape.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    artifact = checkpoint.artifact  # a bad one gets a better message here than from transformers
     config = load_config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the modules are swapped in here, not by transformers
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if checkpoint.artifact is not None:
-        swap_linears(model, checkpoint.artifact.linears)
+    if artifact is not None:
+        swap_linears(model, artifact.linears)
+    check_stored(model, checkpoint.tensors)
     return model.requires_grad_(False)
 
 
@@ -82,6 +101,25 @@ def tensor_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
                 names[name] = found[candidate]
                 break
     return names
+
+
+def check_stored(model: Any, stored: Mapping[str, TensorInfo]) -> None:
+    """Raise InputError unless `stored` has every tensor of `model` with its shape: transformers would only log it."""
+    names, tied = tensor_names(model, stored), tied_names(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in names:
+            if name in tied:
+                continue
+            folder = next(iter(stored.values())).file.parent if stored else "checkpoint"
+            raise InputError(f"{folder}: tensor {name} is missing from the checkpoint")
+        info = stored[names[name]]
+        if info.shape != tuple(tensor.shape):
+            raise InputError(
+                f"{info.file}: tensor {names[name]} has shape {list(info.shape)}, expected {list(tensor.shape)}"
+            )
+        if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            wanted = "floating point" if tensor.dtype.is_floating_point else str(tensor.dtype)
+            raise InputError(f"{info.file}: tensor {names[name]} must be {wanted}, got {info.dtype}")
 
 
 def context_length(config: Any) -> int | None:

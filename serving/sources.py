@@ -206,7 +206,7 @@ def _is_native(model_type: object) -> bool:
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
-from .checkpoint import INDEX_NAME, WEIGHTS_STEM, read_header
+from .checkpoint import INDEX_NAME, WEIGHTS_STEM, Checkpoint, read_header
 from .errors import InputError
 from .linear import check_linears, swap_linears
 from .scheme import QUANT_METHOD, ArtifactConfig
-from .skeleton import tensor_names, tied_names
+from .skeleton import check_stored
 
 
 def register(registry: ModuleType) -> None:
@@ -50,6 +50,8 @@ def register(registry: ModuleType) -> None:
         requires_calibration = True
 
         def update_attn_implementation(self, config: Any) -> Any:
+            if Path(config.name_or_path).is_dir():
+                Checkpoint(config.name_or_path)  # refuses a damaged index or header, in one line
             config.transformers_weights = INDEX_NAME
             return config
 
@@ -58,7 +60,8 @@ def register(registry: ModuleType) -> None:
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
             swap_linears(model, self.quantization_config.artifact.linears)
-            _check_stored(model, [Path(file) for file in checkpoint_files or []])
+            files = [Path(file) for file in checkpoint_files or []]
+            check_stored(model, {name: info for file in files for name, info in read_header(file).items()})
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             check_linears(model, model.config.name_or_path or "model")
@@ -76,32 +79,21 @@ def register(registry: ModuleType) -> None:
     registry.register_quantizer(QUANT_METHOD)(HalfweightQuantizer)
 
 
-def _check_stored(model: Any, files: list[Path]) -> None:
-    """Every tensor the model needs is in `files` with its shape: transformers would only log a missing one."""
-    stored = {name: info for file in files for name, info in read_header(file).items()}
-    names, tied = tensor_names(model, stored), tied_names(model)
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        if name not in names:
-            raise InputError(
-                f"{files[0].parent if files else 'checkpoint'}: tensor {name} is missing from the checkpoint"
-            )
-        info = stored[names[name]]
-        if info.shape != tuple(tensor.shape):
-            raise InputError(f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(tensor.shape)}")
-
-
 def _save_under_own_names(model: Any) -> None:
     """Make this model's `save_pretrained` use halfweight's file names, so that a re-saved folder fails loudly too."""
-    save = type(model).save_pretrained
+    model.save_pretrained = MethodType(_save_pretrained, model)
 
-    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(model, save_directory, *args, **kwargs)
-        if not getattr(model, "_hf_peft_config_loaded", False):
-            rename_weights(Path(save_directory))
 
-    model.save_pretrained = save_pretrained
+def _save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """transformers' `save_pretrained`, then the renaming; uploads come after it, so that they carry the right names."""
+    push_to_hub = kwargs.pop("push_to_hub", False)
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    if not getattr(self, "_hf_peft_config_loaded", False):
+        rename_weights(Path(save_directory))
+    if push_to_hub:
+        raise InputError(
+            f"push_to_hub is not supported; upload the folder {save_directory} with the hf command instead"
+        )
 
 
 def rename_weights(folder: Path) -> None:
