@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -14,14 +15,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer
 
-    from ..compress.memory import return_large_blocks
     from ..serving.errors import HalfweightError
     from .app import app
     from .output import fail
 
     # typer brings its own copy of click, or uses the one installed, by release.
-    click_exception = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-    return_large_blocks()
+    click_exception: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         status = app(prog_name="halfweight", standalone_mode=False)
         if status == 130:  # typer's way of reporting Ctrl-C

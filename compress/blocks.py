@@ -23,6 +23,11 @@ from ..serving.linear import check_linears
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, logit_chunk, tensor_names, tied_names
 
 
+def batch_size(length: int) -> int:
+    """Windows of `length` tokens to run at once: 1024 tokens fill the matmuls and keep their activations small."""
+    return max(1, 1024 // length)
+
+
 def open_dense(path: Path) -> Checkpoint:
     """The checkpoint at `path`; raises InputError when it is compressed already."""
     checkpoint = Checkpoint(path)
@@ -50,8 +55,8 @@ class BlockWalker:
         self.n_blocks = len(self.blocks)
         self._names = tensor_names(self.model, checkpoint.tensors)
         self.max_length = context_length(self.model.config)
-        # Arguments of each block by window length, and what each block returns besides the hidden states.
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        # Arguments of each block by input shape [B, T], and what each block returns besides the hidden states.
+        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._extras: dict[int, tuple[Any, ...] | None] = {}
 
     # --- names -------------------------------------------------------------------------------------------------
@@ -123,12 +128,15 @@ class BlockWalker:
 
     @torch.no_grad()
     def embed(self, windows: list[Tensor]) -> list[Tensor]:
-        """Inputs `[1, T, D]` of block 0 for each token window `[T]`; learns every block's arguments on the way."""
+        """Inputs `[B, T, D]` of block 0, in batches of token windows `[T]`; learns every block's arguments on the way.
+
+        All windows have one length; B is what `batch_size` says, less in the last batch.
+        """
         hidden: list[Tensor] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             x, args, kwargs = _split_hidden(args, kwargs)
-            calls = self._calls.setdefault(x.shape[1], [])
+            calls = self._calls.setdefault(tuple(x.shape[:2]), [])
             if len(calls) == index:
                 calls.append((args, kwargs))
             if index == 0:
@@ -136,14 +144,14 @@ class BlockWalker:
             return x
 
         with self._outside(), self._replaced_blocks(record):
-            for window in windows:
-                self.model(input_ids=window.to(self.device)[None], use_cache=False, **self._keep(slice(0, 1)))
+            for batch in torch.stack(windows).split(batch_size(len(windows[0]))):
+                self.model(input_ids=batch.to(self.device), use_cache=False, **self._keep(slice(0, 1)))
         return hidden
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
-        """Output `[1, T, D]` of block `index` for `x` `[1, T, D]`, with the arguments the model itself would pass."""
-        args, kwargs = self._calls[x.shape[1]][index]
+        """Output `[B, T, D]` of block `index` for `x` `[B, T, D]`, with the arguments the model itself would pass."""
+        args, kwargs = self._calls[tuple(x.shape[:2])][index]
         out = block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -156,8 +164,9 @@ class BlockWalker:
         """
         chunk = chunk or logit_chunk(self.model.config)
         losses = []
+        rows = [row[None] for x in hidden for row in x]
         with self._outside():
-            for x, window in zip(hidden, windows, strict=True):
+            for x, window in zip(rows, windows, strict=True):
                 targets = window.to(self.device)[1:]
                 parts = []
                 for start in range(0, len(targets), chunk):

@@ -149,9 +149,10 @@ class _Run:
         """Embed, then take every block through its work; returns how many were resumed from the journal."""
         walker = self.walker
         self.progress(Progress("embed", 0, 1))
-        hidden = walker.embed([*self.windows.calibration, *self.windows.dev])
-        count = len(self.windows.calibration)
-        self.hidden, self.dev, self.dev_dense = hidden[:count], hidden[count:], list(hidden[count:])
+        self.hidden = walker.embed(self.windows.calibration)
+        self.dev = walker.embed(self.windows.dev)
+        self.dev_dense = list(self.dev)
+        release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
             resumed += self._one_block(index)

@@ -13,17 +13,6 @@ def peak_rss_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def return_large_blocks(threshold: int = 4 * 2**20) -> None:
-    """Make glibc give every freed block above `threshold` bytes back at once, for the rest of the process.
-
-    By default it raises that limit to 32 MB on the way, and keeps the activations of one layer as heap for the next.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            mallopt(-3, threshold)  # M_MMAP_THRESHOLD
-
-
 def release_memory() -> None:
     """Return freed heap to the system. glibc keeps it otherwise, and block after block the process would grow."""
     if sys.platform == "linux":

@@ -59,7 +59,7 @@ class InputStatistics:
             )
 
 
-def add_gram(total: Tensor, rows: Tensor, tile: int = 256) -> None:
+def add_gram(total: Tensor, rows: Tensor, tile: int = 128) -> None:
     """Add `rows^T rows` to the upper triangle, by tiles, of `total` `[K, K]`; about half the full product's work."""
     size = total.shape[0]
     for start in range(0, size, tile):

@@ -37,7 +37,7 @@ WEIGHTS_STEM = "halfweight"
 INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit, in bytes
-_PIECE = 32 * 2**20  # bytes converted at a time
+_PIECE = 8 * 2**20  # bytes converted at a time
 
 
 @dataclass(frozen=True)
