@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from .compress.driver import compress_checkpoint
     from .compress.plan import plan
     from .compress.recipe import Recipe
+    from .compress.report import CompressionReport
     from .eval.perplexity import evaluate
     from .serving.errors import HalfweightError, InputError, RunError
     from .serving.inspect import inspect_checkpoint
     from .serving.load import load, load_tokenizer
+    from .serving.sources import resolve_model
 
 __all__ = [
+    "CompressionReport",
     "HalfweightError",
     "InputError",
     "Recipe",
@@ -34,9 +37,11 @@ __all__ = [
     "load",
     "load_tokenizer",
     "plan",
+    "resolve_model",
 ]
 
 _HOME = {
+    "CompressionReport": "compress.report",
     "HalfweightError": "serving.errors",
     "InputError": "serving.errors",
     "Recipe": "compress.recipe",
@@ -47,6 +52,7 @@ _HOME = {
     "load": "serving.load",
     "load_tokenizer": "serving.load",
     "plan": "compress.plan",
+    "resolve_model": "serving.sources",
 }
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..serving.errors import InputError
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Refuse a result file that cannot be written before the work starts, not after."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise InputError(f"--json {file}: cannot be written; name a file in a folder that exists")
+    return file
+
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or [bold]demo[/].")]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name or a YAML file.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", callback=_writable, help="Also write the result as JSON.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto (float32 on CPU), float32, bfloat16, float16.")]
 TrustRemoteCode = Annotated[

@@ -130,23 +130,29 @@ class BlockWalker:
     def embed(self, windows: list[Tensor]) -> list[Tensor]:
         """Inputs `[B, T, D]` of block 0, in batches of token windows `[T]`; learns every block's arguments on the way.
 
-        All windows have one length; B is what `batch_size` says, less in the last batch.
+        All windows have one length; B is what `batch_size` says, less in the last batch. The batches are views of one
+        tensor, to be updated in place: thousands of separate activations would riddle the heap with holes.
         """
-        hidden: list[Tensor] = []
+        stream = torch.empty(0)
+        filled = 0
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            nonlocal stream, filled
             x, args, kwargs = _split_hidden(args, kwargs)
             calls = self._calls.setdefault(tuple(x.shape[:2]), [])
             if len(calls) == index:
                 calls.append((args, kwargs))
             if index == 0:
-                hidden.append(x)
+                if filled == 0:
+                    stream = x.new_empty((len(windows), *x.shape[1:]))
+                stream[filled : filled + len(x)] = x
+                filled += len(x)
             return x
 
         with self._outside(), self._replaced_blocks(record):
             for batch in torch.stack(windows).split(batch_size(len(windows[0]))):
                 self.model(input_ids=batch.to(self.device), use_cache=False, **self._keep(slice(0, 1)))
-        return hidden
+        return list(stream.split(batch_size(len(windows[0]))))
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:

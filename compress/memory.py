@@ -5,10 +5,19 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 
 def peak_rss_gb() -> float:
-    """Peak resident memory of this process so far, in 10^9 bytes."""
+    """Peak resident memory of this process so far, in 10^9 bytes.
+
+    Linux's `ru_maxrss` starts at the parent's size, so the kernel's own high-water mark is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

@@ -37,7 +37,7 @@ class InputStatistics:
         """`X^T X / tokens`, fp32 `[K, K]`, symmetric."""
         if self._sum.ndim != 2:
             raise ValueError("these statistics were collected without a Hessian")
-        return mirror_upper(self._sum) / max(self.tokens, 1)
+        return mirror_upper(self._sum).div_(max(self.tokens, 1))
 
     @property
     def mean_square(self) -> Tensor:
@@ -69,7 +69,9 @@ def add_gram(total: Tensor, rows: Tensor, tile: int = 128) -> None:
 
 def mirror_upper(upper: Tensor) -> Tensor:
     """The symmetric matrix whose upper triangle is that of `upper`."""
-    return torch.triu(upper) + torch.triu(upper, 1).T
+    result = torch.triu(upper)
+    result += torch.triu(upper, 1).T
+    return result
 
 
 Forward = Callable[[Tensor], object]

@@ -12,9 +12,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
-from ..serving.skeleton import context_length, logit_chunk
+from ..serving.skeleton import context_length, load_config, logit_chunk
 from .text import bos_token, builtin_text, consecutive_windows, read_text, tokenize
 
 
@@ -94,6 +95,7 @@ def evaluate(
     """
     import time
 
+    check_context(load_config(Checkpoint(model)), seqlen)
     tokenizer = load_tokenizer(model)
     tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
     bos = bos_token(tokenizer)
@@ -103,7 +105,6 @@ def evaluate(
             f"the text fills {len(chosen)} windows of {seqlen} tokens, fewer than --windows {windows}; use more text"
         )
     network = load(model, device, dtype)
-    check_context(network.config, seqlen)
     begin = time.monotonic()
     losses = []
     for index, window in enumerate(chosen):

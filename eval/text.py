@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from importlib import resources
@@ -31,7 +32,7 @@ def read_text(file: str | Path) -> str:
     path = Path(file)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        text = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8").read()  # every line ending becomes \n
     except FileNotFoundError:
         raise InputError(f"{path}: no such text file") from None
     except (OSError, EOFError, zlib.error) as error:
