@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import prod
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..triton_kernels.formats import two_four
 from .errors import InputError
@@ -33,6 +33,15 @@ def parse_nm(pattern: str) -> tuple[int, int] | None:
     return n, m
 
 
+def _known_pattern(value: str) -> str:
+    if value != "unstructured" and parse_nm(value) is None:
+        raise ValueError(f"unknown pattern {value!r}; use N:M such as 2:4, or unstructured")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_known_pattern)]
+
+
 class LinearScheme(BaseModel):
     """How one linear `[N, K]` is compressed: one row of the table in docs/architecture.md.
 
@@ -41,15 +50,8 @@ class LinearScheme(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pattern: str = Field(min_length=3)
+    pattern: Pattern
     density: float = Field(gt=0, le=1)
-
-    @field_validator("pattern")
-    @classmethod
-    def _known_pattern(cls, value: str) -> str:
-        if value != "unstructured" and parse_nm(value) is None:
-            raise ValueError(f"unknown pattern {value!r}; use N:M such as 2:4, or unstructured")
-        return value
 
     @property
     def storage(self) -> Literal["two_four", "dense"]:

@@ -129,5 +129,8 @@ def context_length(config: Any) -> int | None:
 
 
 def logit_chunk(config: Any) -> int:
-    """Positions whose fp32 logits take about 8 MB; full logits of a 262k vocabulary would be 1 GB per 1024 tokens."""
-    return max(8, 2**21 // int(config.get_text_config().vocab_size))
+    """Positions whose logits exist at once: 8 MB of fp32, but at least 32 rows, below which matmuls get slow.
+
+    Full logits of a 262k vocabulary would be 1 GB per 1024 tokens.
+    """
+    return max(32, 2**21 // int(config.get_text_config().vocab_size))

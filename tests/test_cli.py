@@ -23,6 +23,7 @@ import halfweight
 import halfweight.cli
 from halfweight.compress import writer
 from halfweight.compress.recipe import named_recipes
+from halfweight.eval.text import read_text
 
 VERBS = ["demo", "plan", "compress", "eval", "inspect", "generate", "recipes"]
 
@@ -265,9 +266,17 @@ def test_recipes_lists_what_ships_and_checks_files(recipe: Path, cli: Cli, tmp_p
 
 
 def test_a_json_file_that_cannot_be_written_is_one_line(cli: Cli, tmp_path: Path) -> None:
-    result = cli("recipes", "--json", tmp_path / "nowhere" / "r.json")
-    assert result.code in (1, 2)
-    assert one_line(result).startswith(f"error: cannot write {tmp_path / 'nowhere' / 'r.json'}")
+    file = tmp_path / "nowhere" / "r.json"
+    result = cli("recipes", "--json", file)
+    assert result.code == 2
+    assert one_line(result).startswith(f"error: --json {file}: cannot be written")
+
+
+def test_line_endings_do_not_change_the_text(tmp_path: Path) -> None:
+    unix, windows = tmp_path / "unix.txt", tmp_path / "windows.txt"
+    unix.write_bytes(b"one\ntwo\n\nthree")
+    windows.write_bytes(b"one\r\ntwo\r\n\r\nthree")
+    assert read_text(windows) == read_text(unix) == "one\ntwo\n\nthree"
 
 
 # --- calibration text ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import halfweight
 from halfweight import InputError, Recipe, RunError, compress_checkpoint
 from halfweight.compress import driver, writer
 from halfweight.compress.report import CompressionReport, OnProgress, Progress
-from halfweight.serving.checkpoint import INDEX_NAME
+from halfweight.serving.checkpoint import INDEX_NAME, Checkpoint
 
 BLOCKS = 4
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -687,3 +687,18 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     allowance = windows + 3 * largest + 2**23  # solver copies of one weight; buffers for reading and writing
     assert peak - before < 2 * block + outside + allowance
     assert peak - before < blocks * block / 4
+
+
+def test_blocks_without_targets_pass_through(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = halfweight.Recipe.parse(
+        {
+            "calibration": {"data": str(text_file), "samples": 2, "seqlen": 16},
+            "stages": [{"pass": "sparsegpt", "targets": ["*.layers.1.*"]}],
+        }
+    )
+    report = halfweight.compress_checkpoint(llama, recipe, tmp_path / "out")
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"1"}
+    dense, compressed = Checkpoint(llama), Checkpoint(tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(dense.read(name), compressed.read(name))
+    assert "model.layers.1.mlp.down_proj.values" in compressed.tensors

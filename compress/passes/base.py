@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ...serving.scheme import LinearScheme, parse_nm
+from ...serving.scheme import LinearScheme, Pattern, parse_nm
 from ..statistics import InputStatistics
 
 
@@ -54,16 +54,9 @@ class PruningConfig(StageConfig):
     over each row or over the whole layer (`scope`). For N:M the density is N/M and must not be given.
     """
 
-    pattern: str = "2:4"
+    pattern: Pattern = "2:4"
     density: float | None = Field(default=None, gt=0, lt=1)
     scope: Literal["row", "layer"] = "row"
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str) -> str:
-        if value != "unstructured" and parse_nm(value) is None:
-            raise ValueError(f"unknown pattern {value!r}; use N:M such as 2:4, or unstructured")
-        return value
 
     @model_validator(mode="after")
     def _density_fits(self) -> PruningConfig:
