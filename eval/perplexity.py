@@ -95,7 +95,6 @@ def evaluate(
     """
     import time
 
-    check_context(load_config(Checkpoint(model)), seqlen)
     tokenizer = load_tokenizer(model)
     tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
     bos = bos_token(tokenizer)
@@ -104,6 +103,7 @@ def evaluate(
         raise InputError(
             f"the text fills {len(chosen)} windows of {seqlen} tokens, fewer than --windows {windows}; use more text"
         )
+    check_context(load_config(Checkpoint(model)), seqlen)
     network = load(model, device, dtype)
     begin = time.monotonic()
     losses = []
