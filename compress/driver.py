@@ -288,13 +288,13 @@ def bf16_statistics(walker: BlockWalker) -> bool:
     """Whether calibration passes multiply in bf16 although blocks compute in fp32: on CPUs with bf16 instructions.
 
     The weights are bf16 already, and rounding an input by 2^-9 changes its second moments far less than the choice of
-    calibration text does; the outputs that propagate stay fp32. Calibration becomes several times faster.
+    calibration text does; the outputs that propagate stay fp32.
     """
     if walker.device.type != "cpu" or walker.dtype != torch.float32:
         return False
     if stored_dtype(walker.checkpoint) != torch.bfloat16:
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.9 cannot tell
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -26,7 +26,7 @@ _SOLVER_COPIES = {
     "hessian": 8,
 }  # fp32 arrays of a weight's size a solver holds at most
 _HESSIAN_COPIES = 4  # damped copy, factor, inverse, accumulated sum
-_MATMUL_SHARE = 0.6  # fraction of large-matmul speed that a whole run reaches, measured on the demo model
+_MATMUL_SHARE = 0.6  # assumed fraction of large-matmul speed that a whole run reaches
 
 
 class PlannedLayer(BaseModel):
