@@ -7,8 +7,11 @@ Both tools see the same calibration windows and run on the CPU as one child proc
 outside: wall seconds and peak resident memory of that process, imports included. `halfweight eval` scores the
 dense model and every pruned one. Runs of the two tools alternate, so slow spells of the machine hit both.
 Each finished run is a small JSON file in --out; the same command goes on where it stopped, and --report-only makes the
-table of all finished runs. halfweight's time includes tokenizing the calibration text, dev-set perplexities, and
-reloading and checking what it wrote; the peer is handed token ids and only saves.
+table of all finished runs. A run also records how much CPU time everything else on the machine took meanwhile: seconds
+are reported only over seeds whose runs, of both tools, had the machine to themselves.
+
+halfweight's time includes tokenizing the calibration text, dev-set perplexities, and reloading and checking what it
+wrote; the peer is handed token ids and only saves.
 
 This process stays small on purpose: Linux counts the memory of the parent that starts a child into the
 child's peak, so whatever needs torch happens in a process of its own.
@@ -33,6 +36,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import psutil
 from peers.llmcompressor_oneshot import check_two_of_four
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +48,8 @@ HALFWEIGHT = [str(Path(sys.executable).with_name(OURS))]
 PEER_SCRIPT = Path(__file__).resolve().parent / "peers" / "llmcompressor_oneshot.py"
 # halfweight's method -> the peer's method it is held against; the peer has no ADMM, so its best stands in.
 COUNTERPART = {"sparsegpt": "sparsegpt", "wanda": "wanda", "admm": "sparsegpt"}
+# A run had the machine to itself when everything else used less than this share of its CPU time.
+IDLE_SHARE = 0.05
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -86,13 +92,21 @@ def child_environment(threads: int) -> dict[str, str]:
     return {**os.environ, **fixed, **offline, "CUDA_VISIBLE_DEVICES": ""}
 
 
+def busy_seconds() -> float:
+    """CPU seconds that this machine's cores have worked, or had taken away by a hypervisor, since it started."""
+    times = psutil.cpu_times()._asdict()
+    return float(sum(times.get(kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal")))
+
+
 def run_child(command: Sequence[object], log: Path, threads: int) -> Record:
     """Run a command to its end; return wall seconds, CPU seconds and peak resident memory in GB (1e9 bytes).
+
+    `others_share` is the part of all cores' time that went to other processes meanwhile.
 
     Memory is `ru_maxrss` from wait4, as /usr/bin/time reports it: the largest single process among the child
     and the descendants it waited for, not their sum. Neither tool starts workers here.
     """
-    words, load = [str(word) for word in command], os.getloadavg()[0]
+    words, busy = [str(word) for word in command], busy_seconds()
     begun = time.perf_counter()
     with log.open("wb") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=stream, env=child_environment(threads))
@@ -107,12 +121,12 @@ def run_child(command: Sequence[object], log: Path, threads: int) -> Record:
     if process.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise SystemExit(f"exit status {process.returncode} from: {' '.join(words)}\n{tail}")
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit, own = 1 if sys.platform == "darwin" else 1024, usage.ru_utime + usage.ru_stime
     return {
         "seconds": seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "cpu_seconds": own,
         "peak_gb": usage.ru_maxrss * unit / 1e9,
-        "load_before": load,
+        "others_share": max(0.0, busy_seconds() - busy - own) / (seconds * (os.cpu_count() or 1)),
     }
 
 
@@ -198,7 +212,7 @@ class Comparison:
         self.report()
 
     def cell(self, key: Key, settings: Record) -> None:
-        """Put the finished run for this key into `cells`, making it when there is none."""
+        """Put the finished run for this key into `cells`, making it when there is none and its tool is in --tools."""
         if key in self.cells:
             return
         model, tool, method, seed = key
@@ -208,6 +222,8 @@ class Comparison:
         if record and record["settings"] != settings:
             changed = sorted(item for item in settings if record["settings"].get(item) != settings[item])
             raise SystemExit(f"{path} was made with other {', '.join(changed)}; add --fresh or change --out")
+        if not record and tool not in self.args.tools:
+            return
         if not record:
             console.print(f"[bold]{name}[/bold]")
             record = {"model": model, "tool": tool, "method": method, "seed": seed, "settings": settings}
@@ -287,31 +303,43 @@ class Comparison:
         return rows
 
     def row(self, model: str, tool: str, method: str, seeds: list[int]) -> Record:
-        """Means of one tool and method over `seeds`; for halfweight also the ratios to the peer's means."""
-        own = [self.cells[model, tool, method, seed] for seed in seeds]
-        peer = [self.cells[model, PEER, COUNTERPART[method], seed] for seed in seeds]
+        """Means of one tool and method over `seeds`; for halfweight also ratios to the peer's, over the seeds of both.
+
+        Times are left out unless a seed's run, and the peer's, had the machine to themselves.
+        """
+        peers = {seed: self.cells.get((model, PEER, COUNTERPART[method], seed)) for seed in seeds}
+        own = {seed: self.cells[model, tool, method, seed] for seed in seeds}
         row: Record = {"model": model, "tool": tool, "method": method, "seeds": seeds}
-        for name in ("perplexity", "seconds", "cpu_seconds", "peak_gb"):
-            row[name] = fmean(cell[name] for cell in own)
-            row[f"{name}_each"] = [cell[name] for cell in own]
-            if tool == OURS:
-                row[f"{name}_ratio"] = row[name] / fmean(cell[name] for cell in peer)
-        row["inner_seconds"] = fmean(cell["inner"]["seconds"] for cell in own)
+        row["timed_seeds"] = [seed for seed in seeds if all(idle(cell) for cell in (own[seed], peers[seed]) if cell)]
+        for name in ("perplexity", "peak_gb", "seconds", "cpu_seconds"):
+            chosen = row["timed_seeds"] if name.endswith("seconds") else seeds
+            if chosen:
+                row[name] = fmean(own[seed][name] for seed in chosen)
+                row[f"{name}_each"] = [own[seed][name] for seed in chosen]
+            pairs = [(own[seed][name], peer[name]) for seed in chosen if (peer := peers[seed])]
+            if tool == OURS and pairs:
+                row[f"{name}_ratio"] = fmean(ours for ours, _ in pairs) / fmean(theirs for _, theirs in pairs)
         if tool == OURS:
             row["compared_with"] = COUNTERPART[method]
-            row["linear_bytes_ratio"] = fmean(cell["linear_bytes_ratio"] for cell in own)
+            row["linear_bytes_ratio"] = fmean(cell["linear_bytes_ratio"] for cell in own.values())
         return row
 
     def report(self) -> None:
         """Write compare.json and compare.md."""
         machine = machine_facts()
-        machine["versions"][PEER] = next(c for c in self.cells.values() if c["tool"] == PEER)["inner"]["versions"]
+        made_by_peer = (cell for cell in self.cells.values() if cell["tool"] == PEER)
+        machine["versions"][PEER] = next((cell["inner"]["versions"] for cell in made_by_peer), {})
         whole: Record = {"machine": machine, "protocol": self.protocol, "rows": self.rows()}
         write_json(self.args.out / "compare.json", whole)
         (self.args.out / "compare.md").write_text(markdown(**whole), encoding="utf-8")
 
 
 # --- facts and tables ---
+
+
+def idle(cell: Record) -> bool:
+    """Whether a run had the machine to itself, so that its seconds mean something."""
+    return bool(cell["others_share"] < IDLE_SHARE)
 
 
 def machine_facts() -> Record:
@@ -383,6 +411,7 @@ def markdown(rows: list[Record], machine: Record, protocol: Record) -> str:
 - Calibration: {samples} windows of {seqlen} tokens ({samples * seqlen} tokens), the same for both tools.
 - Perplexity: first {protocol["eval_windows"]} windows of {seqlen} tokens of the text, by `halfweight eval`.
 - Seconds and peak GB (1e9 bytes) are of the whole process: imports, calibration and saving included.
+- Seconds are means over seeds during whose runs other processes took less than {IDLE_SHARE:.0%} of the CPU, else `-`.
 - Ratios are halfweight / llm-compressor over the same seeds: below 1 is better for halfweight.
 - Linear bytes: bytes stored for the decoder linears over their dense bytes; llm-compressor saves them dense.
 
@@ -418,6 +447,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="test text for perplexity")
     parser.add_argument("--methods", nargs="+", choices=list(COUNTERPART), default=list(COUNTERPART))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--tools", nargs="+", choices=["dense", PEER, OURS], default=["dense", PEER, OURS], help="whose runs to make"
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens per window")
     parser.add_argument("--windows", type=int, default=16, help="test windows for perplexity")
