@@ -28,7 +28,11 @@ _INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel. `registers` per thread (vector registers on AMD), `spills` in bytes per thread, `shared` bytes."""
+    """One compiled kernel.
+
+    `registers` per thread (vector registers on AMD); `spills` in bytes per thread (registers on AMD); `shared` bytes
+    per block; `code` is the cubin, or AMD's assembly text.
+    """
 
     target: str
     registers: int
@@ -74,7 +78,7 @@ def compile_launch(jit: Any, launch: Launch, target: str) -> Binary:
 
 
 def specialise(jit: Any, launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
-    """Triton's signature, constants (constexpr and integers equal to 1), and the positions of arguments divisible by 16."""
+    """Triton's signature, its constants (constexpr, and integers equal to 1), and the arguments divisible by 16."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     divisible: list[int] = []

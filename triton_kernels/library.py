@@ -14,8 +14,8 @@ _fragments: list[torch.library.Library] = []  # a Library unregisters its operat
 def register(schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]) -> None:
     """Define the operator of `schema`, such as `"int4(Tensor x, Tensor codes) -> Tensor"`; a second call does nothing.
 
-    `implementations`: dispatch key (`CPU`, `CUDA`, `CompositeExplicitAutograd`) -> function. `fake` gives shape and dtype of
-    the result for tracing.
+    `implementations`: dispatch key (`CPU`, `CUDA`, `CompositeExplicitAutograd`) -> function. `fake` gives shape and
+    dtype of the result for tracing.
     """
     name = schema.partition("(")[0]
     if hasattr(getattr(torch.ops, NAMESPACE), name):

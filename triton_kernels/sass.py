@@ -19,8 +19,11 @@ _TARGET = re.compile(r"\bBRA\b.*?(\.L_x_\d+)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """`text` without predicate, its `opcode`, and from the control word: the scoreboard a load signals (`signals`, 0-5 or
-    None) and those this instruction waits for (`waits`, bit mask)."""
+    """`text` without its predicate, its `opcode`, and two fields of its control word.
+
+    `signals`: the scoreboard (0 to 5) that the result of a load will release, or None. `waits`: bit mask of the
+    scoreboards that this instruction waits for.
+    """
 
     text: str
     opcode: str
@@ -83,7 +86,7 @@ def parse(text: str) -> Sass:
             labels[label[1]] = len(instructions)
         elif match := _INSTRUCTION.match(line):
             control = _CONTROL.match(lines[number + 1]) if number + 1 < len(lines) else None
-            # Bits 105 to 125 of the 128-bit word: stall 4, yield 1, write barrier 3, read barrier 3, wait mask 6, reuse 4.
+            # Bits 105 to 125 of 128: stall 4, yield 1, write barrier 3, read barrier 3, wait mask 6, reuse 4.
             word = int(control[1], 16) >> 41 if control else 0
             signals = word >> 5 & 7
             plain = re.sub(r"^@!?U?P\w+\s+", "", match[1].strip())

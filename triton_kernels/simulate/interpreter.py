@@ -1,7 +1,7 @@
 """Interpret `@triton.jit` kernels that stay compilable in the same process.
 
-`@triton.jit` decides when it decorates: with interpretation off it makes a JITFunction, which the compiler needs and the
-interpreter cannot call, and Triton's own library (`tl.sum`, ...) consists of them too. So while a kernel is
+`@triton.jit` decides when it decorates: with interpretation off it makes a JITFunction, which the compiler needs and
+the interpreter cannot call, and Triton's own library (`tl.sum`, ...) consists of them too. So while a kernel is
 interpreted, every JITFunction that it can reach is swapped for an interpreted twin, and all of it is put back after.
 
 The interpreter's own limits (Triton 3.5 to 3.9): bf16 arithmetic, bf16 `tl.dot` and casts to bf16 are silently wrong
@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 from ..launch import Launch
 from .ptx import emulated_inline_asm
 
-# By id: hashing a JITFunction parses its dependencies, which are swapped out at that moment. The values keep the keys alive.
+# By id: hashing a JITFunction parses its dependencies, which are swapped out at that moment. The values keep their keys
+# alive.
 _twins: dict[int, tuple[JITFunction, InterpretedFunction]] = {}
 
 

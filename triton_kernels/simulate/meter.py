@@ -66,7 +66,10 @@ class Metering:
 
 
 def meter(jit: Any, launch: Launch) -> Metering:
-    """Interpret `launch` and count. Raises OutOfBounds (inside triton's InterpreterError) with program and source line."""
+    """Interpret `launch` and count its traffic; tensor arguments must be contiguous.
+
+    Raises triton's InterpreterError around an OutOfBounds that names program and source line.
+    """
     ranges = {
         name: (value.data_ptr(), value.data_ptr() + value.numel() * value.element_size())
         for name, value in launch.arguments.items()

@@ -1,12 +1,13 @@
 """An emulator of the inline PTX that the kernels use, for Triton's interpreter.
 
-`inline_asm_elementwise(asm, constraints, args, ..., pack=p)` runs the text once for every `p` consecutive elements of its
-operands; elements narrower than 32 bits are packed into 32-bit registers. Here each register is a numpy array with one
-uint32 per such instance, so a whole tile runs at once. Warp-wide instructions (`mma`) take 32 consecutive instances as the lanes
-of a warp: that is the layout the compiler gives a contiguous one-dimensional load (`aot.py` guards it).
+`inline_asm_elementwise(asm, constraints, args, ..., pack=p)` runs the text once for every `p` consecutive elements of
+its operands; elements narrower than 32 bits are packed into 32-bit registers. Here each register is a numpy array with
+one uint32 per such instance, so a whole tile runs at once. Warp-wide instructions (`mma`) take 32 consecutive instances
+as the lanes of a warp: that is the layout the compiler gives a contiguous one-dimensional load (`aot.py` guards it).
 
-Semantics follow the PTX ISA (sections 9.7.1 to 9.7.15; fragment layouts of `mma` and `mma.sp` from 9.7.14). Only what is
-used here is known; anything else raises NotImplementedError.
+Semantics follow the PTX ISA (sections 9.7.1 to 9.7.15; fragment layouts of `mma` and `mma.sp` from 9.7.14). Floating
+point rounds to nearest even, once per instruction as hardware does. Only what is used here is known; anything else,
+modifiers included, raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,10 @@ from triton.runtime import interpreter
 
 Lanes = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 _WARP = 32
+_LOW, _SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
 
 
 @contextlib.contextmanager
@@ -67,7 +70,7 @@ def _create_inline_asm(
 
 
 def registers_of(values: npt.NDArray[Any], pack: int) -> list[Lanes]:
-    """Split a tile into 32-bit registers, each `[instances]` uint32, as `pack` consecutive elements go to one instance."""
+    """Split a tile into 32-bit registers, each `[instances]` uint32; `pack` consecutive elements go to one instance."""
     flat = np.ascontiguousarray(values).reshape(-1, pack)
     if flat.dtype.itemsize < 4:
         missing = -(pack * flat.dtype.itemsize) % 4 // flat.dtype.itemsize
@@ -116,37 +119,59 @@ def _value(operand: str, registers: dict[str, Lanes]) -> Lanes:
 # --- number formats ---
 
 
-def f32(bits: Lanes) -> Floats:
-    return np.ascontiguousarray(bits).view(np.float32)
+def f32(bits: npt.NDArray[Any]) -> Floats:
+    """The fp32 numbers with these bits."""
+    return np.ascontiguousarray(bits, np.uint32).view(np.float32)
 
 
 def bits_of(values: npt.NDArray[Any]) -> Lanes:
+    """The bits of `values` rounded to fp32."""
     return np.ascontiguousarray(values.astype(np.float32)).view(np.uint32)
 
 
-def bf16_round(values: npt.NDArray[Any]) -> Lanes:
-    """fp32 to the 16 bits of bf16, to nearest even; NaN stays NaN."""
-    bits = bits_of(values)
-    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(f32(bits)), np.uint32(0x7FFF), rounded.astype(np.uint32))
+def bf16_bits(values: npt.NDArray[Any]) -> Lanes:
+    """fp64 or narrower to the 16 bits of bf16, to nearest even; NaN is 0x7fff."""
+    # fp32 rounded to odd keeps what the second rounding needs to know: bf16 has 16 bits less.
+    bits = bits_of(_to_odd_f32(values.astype(np.float64)))
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FFF), rounded.astype(np.uint32)).astype(np.uint32)
 
 
 def halves(bits: Lanes, kind: str) -> Floats:
     """Both 16-bit numbers of each register as fp32 `[..., 2]`, low half first; `kind` is f16 or bf16."""
-    parts = np.stack((bits & 0xFFFF, bits >> 16), axis=-1).astype(np.uint32)
+    parts = np.stack((bits & _LOW, bits >> 16), axis=-1).astype(np.uint32)
     if kind == "bf16":
         return f32(parts << 16)
     return parts.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
 def from_halves(values: npt.NDArray[Any], kind: str) -> Lanes:
-    """Inverse of `halves`, rounding to nearest even."""
+    """Inverse of `halves`, rounding fp64 or narrower to nearest even."""
     if kind == "bf16":
-        parts = bf16_round(values)
+        parts = bf16_bits(values)
     else:
         with np.errstate(over="ignore"):
             parts = values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    return parts[..., 0] | parts[..., 1] << 16
+    return (parts[..., 0] | parts[..., 1] << 16).astype(np.uint32)
+
+
+def _to_odd_f32(values: Doubles) -> Floats:
+    """Round to fp32 so that an inexact result has an odd last bit."""
+    with np.errstate(all="ignore"):
+        near = values.astype(np.float32)
+        inexact = np.isfinite(near) & (near.astype(np.float64) != values) & (near.view(np.uint32) & 1 == 0)
+        away = np.where(values > near, np.float32(np.inf), np.float32(-np.inf))
+        return np.where(inexact, np.nextafter(near, away), near)
+
+
+def _sum_to_odd(a: Doubles, b: Doubles) -> Doubles:
+    """`a + b` so that an inexact sum has an odd last bit; rounding it once more is then the same as rounding once."""
+    total = a + b
+    shadow = total - a
+    error = (a - (total - shadow)) + (b - shadow)
+    inexact = np.isfinite(total) & (error != 0) & (total.view(np.uint64) & 1 == 0)
+    away = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(total, away), total)
 
 
 # --- instructions ---
@@ -154,18 +179,25 @@ def from_halves(values: npt.NDArray[Any], kind: str) -> Lanes:
 Handler = Callable[[str, list[str], dict[str, Lanes]], None]
 
 
+def _refuse(opcode: str) -> NoReturn:
+    raise NotImplementedError(f"PTX emulation of {opcode}")
+
+
 def _lop3(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
+    if opcode != "lop3.b32":
+        _refuse(opcode)
     a, b, c = (_value(operand, registers) for operand in operands[1:4])
     table, result = int(operands[4], 0), np.zeros(1, np.uint32)
     for index in range(8):
         if table >> index & 1:
-            terms = (x if index & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-            x, y, z = terms
+            x, y, z = (value if index & bit else ~value for value, bit in ((a, 4), (b, 2), (c, 1)))
             result = result | (x & y & z)
     registers[operands[0]] = result.astype(np.uint32)
 
 
 def _prmt(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
+    if opcode != "prmt.b32":
+        _refuse(opcode)
     a, b, selector = (_value(operand, registers) for operand in operands[1:4])
     source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selector.shape), np.uint32)
@@ -178,23 +210,28 @@ def _prmt(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None
 
 
 def _mov(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
+    if opcode not in ("mov.b32", "mov.u32", "mov.s32", "mov.f32", "mov.b16"):
+        _refuse(opcode)
     target, source = operands
     if target.startswith("{"):
-        low, high = _names(target)
+        lower, upper = _names(target)
         value = _value(source, registers)
-        registers[low], registers[high] = value & 0xFFFF, value >> 16
+        registers[lower], registers[upper] = value & _LOW, value >> _SIXTEEN
     elif source.startswith("{"):
         low, high = (_value(name, registers) for name in _names(source))
-        registers[target] = (low & 0xFFFF) | high << 16
+        registers[target] = (low & _LOW) | high << _SIXTEEN
     else:
         registers[target] = _value(source, registers)
 
 
 def _cvt(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
-    kinds = [part for part in opcode.split(".") if re.fullmatch(r"(f|bf|s|u)\d+(x2)?", part)]
-    target, source = kinds
+    """Between fp32 and 16-bit floats, and from integers of 8 to 32 bits to floats."""
+    match = re.fullmatch(r"cvt(?:\.rn)?\.(f32|f16|bf16|f16x2|bf16x2)\.(f32|f16|bf16|[su](?:8|16|32))", opcode)
+    if match is None:
+        _refuse(opcode)
+    target, source = match[1], match[2]
     values = [_value(operand, registers) for operand in operands[1:]]
-    if target in ("f16x2", "bf16x2"):  # the first source is the upper half
+    if target.endswith("x2"):  # the first source is the upper half
         pair = np.stack(np.broadcast_arrays(f32(values[1]), f32(values[0])), axis=-1)
         registers[operands[0]] = from_halves(pair, target.removesuffix("x2"))
         return
@@ -204,60 +241,61 @@ def _cvt(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
     elif source == "f32":
         number = f32(values[0])
     else:
-        signed, width = source[0] == "s", int(source[1:])
-        number = (values[0] << np.uint32(32 - width)).view(np.int32 if signed else np.uint32) >> (32 - width)
+        signed, unused = source[0] == "s", 32 - int(source[1:])
+        number = ((values[0] << np.uint32(unused)).view(np.int32 if signed else np.uint32) >> unused).astype(np.float64)
     if target == "f32":
         registers[operands[0]] = bits_of(number)
-    elif target in ("f16", "bf16"):
-        registers[operands[0]] = from_halves(np.stack((number, 0 * number), axis=-1), target)
     else:
-        raise NotImplementedError(f"PTX emulation of {opcode}")
+        registers[operands[0]] = from_halves(np.stack((number, np.zeros_like(number)), axis=-1), target)
 
 
 def _shift(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
     value, count = (_value(operand, registers) for operand in operands[1:])
-    if opcode.startswith("shl"):
+    if opcode == "shl.b32":
         registers[operands[0]] = value << count
-    elif opcode.endswith("s32"):
+    elif opcode == "shr.s32":
         registers[operands[0]] = (value.view(np.int32) >> count.view(np.int32)).view(np.uint32)
-    else:
+    elif opcode in ("shr.b32", "shr.u32"):
         registers[operands[0]] = value >> count
+    else:
+        _refuse(opcode)
 
 
 _BITWISE: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "xor.b32": np.bitwise_xor,
 }
 
 
 def _bitwise(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
+    if opcode not in _BITWISE:
+        _refuse(opcode)
     a, b = (_value(operand, registers) for operand in operands[1:])
-    registers[operands[0]] = _BITWISE[opcode.split(".")[0]](a, b)
+    registers[operands[0]] = _BITWISE[opcode](a, b)
 
 
 def _arithmetic(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
     """add, sub, mul and fma in f32, f16x2, bf16x2; add, sub, mul.lo and mad.lo in 32-bit integers."""
-    name, kind = opcode.split(".")[0], opcode.split(".")[-1]
+    name, *modifiers, kind = opcode.split(".")
     values = [_value(operand, registers) for operand in operands[1:]]
+    if kind in ("s32", "u32"):
+        if modifiers != (["lo"] if name in ("mul", "mad") else []):
+            _refuse(opcode)
+        a, b, *rest = values
+        result = {"add": a + b, "sub": a - b, "mul": a * b, "mad": a * b}[name]
+        registers[operands[0]] = result + rest[0] if rest else result
+        return
+    if kind not in ("f32", "f16x2", "bf16x2") or modifiers not in ([], ["rn"]) or name == "mad":
+        _refuse(opcode)
+    narrow = kind.removesuffix("x2")
+    x, y, *more = ((f32(value) if kind == "f32" else halves(value, narrow)).astype(np.float64) for value in values)
     with np.errstate(all="ignore"):
-        if kind in ("s32", "u32", "b32"):
-            a, b, *rest = values
-            result = {"add": a + b, "sub": a - b, "mul": a * b, "mad": a * b}[name]
-            registers[operands[0]] = result + rest[0] if rest else result
-            return
-        if kind == "f32":
-            floats = [f32(value).astype(np.float64) for value in values]
+        if name in ("mul", "fma"):  # products of 24-bit numbers are exact in fp64
+            exact = _sum_to_odd(x * y, more[0]) if more else x * y
         else:
-            floats = [halves(value, kind.removesuffix("x2")).astype(np.float64) for value in values]
-        x, y, *more = floats
-        exact = {"add": lambda: x + y, "sub": lambda: x - y, "mul": lambda: x * y, "fma": lambda: x * y + more[0]}[
-            name
-        ]()
-        if kind == "f32":
-            registers[operands[0]] = bits_of(exact)
-        else:
-            registers[operands[0]] = from_halves(exact.astype(np.float32), kind.removesuffix("x2"))
+            exact = _sum_to_odd(x, y if name == "add" else -y)
+        registers[operands[0]] = bits_of(exact) if kind == "f32" else from_halves(exact, narrow)
 
 
 def _fragments(operand: str, registers: dict[str, Lanes]) -> Lanes:
@@ -282,11 +320,11 @@ def _scatter_accumulator(target: str, matrix: Floats, registers: dict[str, Lanes
 
 def _mma(opcode: str, operands: list[str], registers: dict[str, Lanes]) -> None:
     """`mma.sync.aligned.m16n8k16.row.col.f32.{f16,bf16}` and its sparse sister with k32 and ordered metadata."""
-    kind = opcode.split(".")[-2]
-    sparse = opcode.startswith("mma.sp")
-    size = "m16n8k32" if sparse else "m16n8k16"
-    if size not in opcode or ".row.col.f32." not in opcode or not opcode.endswith(".f32"):
-        raise NotImplementedError(f"PTX emulation of {opcode}")
+    pattern = r"mma(\.sp::ordered_metadata)?\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(f16|bf16)\.\3\.f32"
+    match = re.fullmatch(pattern, opcode)
+    if match is None or match[2] != ("m16n8k32" if match[1] else "m16n8k16"):
+        _refuse(opcode)
+    sparse, kind = match[1] is not None, match[3]
     a = halves(_fragments(operands[1], registers), kind)  # [warps, lane, register, half]
     b = halves(_fragments(operands[2], registers), kind)
     c = _accumulator(f32(_fragments(operands[3], registers)))
@@ -323,13 +361,10 @@ _HANDLERS: dict[str, Handler] = {
     "shl": _shift,
     "shr": _shift,
     "mma": _mma,
-    **dict.fromkeys(_BITWISE, _bitwise),
+    **dict.fromkeys(("and", "or", "xor"), _bitwise),
     **dict.fromkeys(("add", "sub", "mul", "mad", "fma"), _arithmetic),
 }
 
 
 def _handler(opcode: str) -> Handler:
-    handler = _HANDLERS.get(opcode.split(".")[0])
-    if handler is None:
-        raise NotImplementedError(f"PTX emulation of {opcode}")
-    return handler
+    return _HANDLERS.get(opcode.split(".")[0]) or _refuse(opcode)
