@@ -49,7 +49,7 @@ class Groups(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
 
 
 def choose_segments(columns: int, group_size: int, kept: int) -> int:

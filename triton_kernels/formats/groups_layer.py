@@ -25,7 +25,7 @@ class LayerGroups(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
     row_start: Tensor
 
     @property
