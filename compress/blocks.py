@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.errors import InputError
-from ..serving.linear import check_linears
+from ..serving.linear import CompressedLinear, check_linears
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, logit_chunk, tensor_names, tied_names
 
 
@@ -237,6 +237,8 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
 def _to_meta(module: nn.Module, recurse: bool = True) -> None:
     """Drop `module`'s parameters and persistent buffers; computed buffers such as rotary tables stay."""
     for child in module.modules() if recurse else [module]:
+        if isinstance(child, CompressedLinear):
+            child.forget()
         for name, parameter in child._parameters.items():
             if parameter is not None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

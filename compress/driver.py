@@ -14,10 +14,10 @@ from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.linear import pack_weight, unpack_weight
 from ..serving.load import load_tokenizer, resolve_device, resolve_dtype, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
+from ..serving.storage import dense_weight, pack_weight
 from . import writer
 from .blocks import BlockWalker, open_dense
 from .calibration import Windows, load_windows
@@ -250,8 +250,9 @@ class _Run:
         tensors = writer.read_part(self.journal.folder / part)
         for name, linear in linears.items():
             suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
-            weight = unpack_weight(suffixes, self.stages[name].scheme())
-            linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
+            shape = (linear.out_features, linear.in_features)
+            weight = dense_weight(self.stages[name].scheme(), suffixes, shape, linear.weight.dtype)
+            linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
         """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.
@@ -310,7 +311,7 @@ def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe
     kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in scheme.linears}
     packed = {n: t for i in range(walker.n_blocks) for n, t in read_header(partial / part_name(i)).items()}
     writer.write_shards({**kept, **packed}, partial, _SHARD_BYTES)
-    config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.model_dump()}
+    config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.to_json()}
     config.pop("transformers_weights", None)
     writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     writer.write_text(partial / "recipe.yaml", recipe.to_yaml())

@@ -15,6 +15,7 @@ from ..serving.load import resolve_device, resolve_dtype, stored_dtype
 from ..serving.scheme import FUSED
 from ..serving.skeleton import logit_chunk
 from ..serving.sources import resolve_model
+from ..serving.storage import stored_bits
 from .blocks import BlockWalker, open_dense
 from .calibration import DEV_SHARE, check_context
 from .passes import PASSES, StageConfig
@@ -84,7 +85,7 @@ def plan(
     for name, shape in shapes.items():
         stored = tensors[f"{name}.weight"].dtype
         before = 8.0 * stored.itemsize
-        after = stages[name].scheme().stored_bits(shape, stored) / prod(shape) if name in stages else before
+        after = stored_bits(stages[name].scheme(), shape, stored) / prod(shape) if name in stages else before
         linear_bits += after * prod(shape)
         layers.append(
             PlannedLayer(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
 
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, TensorInfo, read_json
+from .scheme import LinearScheme
 from .skeleton import build_skeleton, find_blocks, is_linear, tensor_names, tied_names
+from .storage import dense_weight
 
 _REPORT = "report.json"
 
@@ -57,20 +59,23 @@ def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | 
     for done, (name, module) in enumerate(modules.items(), 1):
         stored = {key: checkpoint.info(names[f"{name}.{key}"]) for key in module.state_dict(keep_vars=True)}
         shape = (module.out_features, module.in_features)
-        weight = "values" if "values" in stored else "weight"
         bits = 8 * sum(info.nbytes for key, info in stored.items() if key != "bias")
         linear_bits += bits + (8 * stored["bias"].nbytes if "bias" in stored else 0)
         linear_parameters += shape[0] * shape[1] + (shape[0] if "bias" in stored else 0)
         if name in schemes:
             compressed_bits += bits
             compressed_weights += shape[0] * shape[1]
-        non_zeros = int(checkpoint.read(names[f"{name}.{weight}"]).count_nonzero())
+        tensors = {key: checkpoint.read(names[f"{name}.{key}"]) for key in stored if key != "bias"}
+        scheme = schemes.get(name)
+        if scheme is not None and scheme.storage != "dense":
+            tensors = {"weight": dense_weight(scheme, tensors, shape, torch.float32)}
+        non_zeros = int(tensors["weight"].count_nonzero())
         layers.append(
             LayerInfo(
                 name=name,
                 shape=shape,
-                pattern=schemes[name].pattern if name in schemes else "dense",
-                numbers=str(stored[weight].dtype).removeprefix("torch."),
+                pattern="dense" if scheme is None else scheme.pattern,
+                numbers=_numbers(scheme, stored),
                 density=non_zeros / (shape[0] * shape[1]),
                 bits=bits / (shape[0] * shape[1]),
                 error=errors.get(name),
@@ -92,6 +97,13 @@ def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | 
         bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         layers=layers,
     )
+
+
+def _numbers(scheme: LinearScheme | None, stored: Mapping[str, TensorInfo]) -> str:
+    """How a linear's kept weights are stored: `int4 g64`, or the floating-point dtype."""
+    if scheme is not None and scheme.integers is not None:
+        return scheme.numbers
+    return next(str(info.dtype).removeprefix("torch.") for info in stored.values() if info.dtype.is_floating_point)
 
 
 def _reported_errors(folder: Path) -> dict[str, float]:

@@ -2,73 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..triton_kernels.formats import FormatError, two_four
+from ..triton_kernels import dispatch
+from ..triton_kernels.formats import FormatError
+from . import storage
 from .errors import InputError
 from .scheme import LinearScheme
 
+# Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
+_CHANGING = threading.Lock()
 
-class TwoFourLinear(nn.Module):
-    """`y = x @ W.T + bias` with a 2:4 sparse `W` `[out_features, in_features]`.
 
-    Buffers: `values` `[N, K/2]` in the model's dtype and `meta` `[N, ceil(K/8)]` uint8 (layout:
-    `triton_kernels/formats/two_four.py`), `bias` `[N]` or None. The forward pass expands W and calls the dense
-    matmul: the reference that every faster kernel has to reproduce.
+class CompressedLinear(nn.Module):
+    """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says.
+
+    The stored tensors are buffers under the format's own names, `bias` `[N]` or None beside them. The first forward
+    pass (or `prepare`) turns them into the layout of the fastest implementation for this device; whatever needs the
+    stored form again (`state_dict`, `.to`, a copy) turns them back, so that only one form is in memory at a time.
     """
 
-    values: Tensor
-    meta: Tensor
     bias: Tensor | None
 
     def __init__(
         self,
+        scheme: LinearScheme,
         in_features: int,
         out_features: int,
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Raises FormatError when a linear of this shape cannot be stored so."""
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        shapes = two_four.packed_shapes((out_features, in_features))
-        self.register_buffer("values", torch.zeros(shapes["values"], device=device, dtype=dtype))
-        self.register_buffer("meta", torch.zeros(shapes["meta"], device=device, dtype=torch.uint8))
+        self.scheme, self.in_features, self.out_features = scheme, in_features, out_features
+        dtype = dtype or torch.get_default_dtype()
+        for name, spec in storage.tensor_specs(scheme, self.shape).items():
+            self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        self._prepared: dispatch.Prepared | None = None
 
-    def dense_weight(self) -> Tensor:
-        """The weight `[N, K]` with its zeros, in the dtype of `values`."""
-        return two_four.unpack(self.values, self.meta)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return self.out_features, self.in_features
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors by name, without the bias; brings them back when they are prepared."""
+        self._restore()
+        return {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]` with its zeros."""
+        return storage.dense_weight(self.scheme, self.stored(), self.shape, dtype)
 
     def check(self) -> None:
-        """Raise FormatError when the loaded buffers are not a valid 2:4 weight of this module's shape."""
-        two_four.validate(self.values, self.meta, (self.out_features, self.in_features))
+        """Raise FormatError when the loaded buffers are not a valid weight of this module's shape."""
+        storage.validate(self.scheme, self.stored(), self.shape)
+
+    def prepare(self, dtype: torch.dtype) -> dispatch.Prepared:
+        """Choose the implementation for inputs of `dtype` on this module's device, and take on its layout."""
+        with _CHANGING:
+            if self._prepared is None:
+                names = tuple(storage.tensor_specs(self.scheme, self.shape))
+                tensors = {name: getattr(self, name) for name in names}
+                self._prepared = dispatch.prepare(storage.weight_of(self.scheme, tensors, self.shape), dtype)
+                for name in names:
+                    setattr(self, name, None)
+            return self._prepared
+
+    def _restore(self) -> None:
+        """Bring the stored tensors back, bit for bit."""
+        with _CHANGING:
+            if self._prepared is not None:
+                for name, tensor in self._prepared.restore().items():
+                    setattr(self, name, tensor)
+                self._prepared = None
+
+    def forget(self) -> None:
+        """Drop the weights: the stored tensors are back on the meta device, to be loaded anew."""
+        with _CHANGING:
+            self._prepared = None
+            for name, spec in storage.tensor_specs(self.scheme, self.shape).items():
+                setattr(self, name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
-        return F.linear(x, self.dense_weight(), self.bias)
+        prepared = self._prepared or self.prepare(x.dtype)
+        return prepared(x, self.bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedLinear:
+        self._restore()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._restore()
+        return self.__dict__.copy()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, pattern=2:4"
-
-
-def pack_weight(weight: Tensor, scheme: LinearScheme) -> dict[str, Tensor]:
-    """Tensors to store for a compressed dense `weight` `[N, K]`, by suffix; raises FormatError off the pattern."""
-    if scheme.storage == "two_four":
-        values, meta = two_four.pack(weight)
-        return {"values": values, "meta": meta}
-    return {"weight": weight}
-
-
-def unpack_weight(tensors: Mapping[str, Tensor], scheme: LinearScheme) -> Tensor:
-    """Inverse of `pack_weight`: the dense weight `[N, K]` in its stored dtype."""
-    if scheme.storage == "two_four":
-        return two_four.unpack(tensors["values"], tensors["meta"])
-    return tensors["weight"]
+        kind = f"pattern={self.scheme.pattern}, numbers={self.scheme.numbers}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
@@ -86,10 +133,10 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
             raise InputError(f"quantization_config names {name}, which is a {type(linear).__name__}, not a linear")
         if scheme.storage == "dense":
             continue
-        weight = linear.weight
+        weight, bias = linear.weight, linear.bias is not None
         try:
-            module = TwoFourLinear(
-                linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype
+            module = CompressedLinear(
+                scheme, linear.in_features, linear.out_features, bias, weight.device, weight.dtype
             )
         except FormatError as error:
             raise InputError(f"{name}: {error}") from None
@@ -100,7 +147,7 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
 def check_linears(model: nn.Module, where: str) -> None:
     """Validate every compressed module's loaded buffers; raises InputError naming `where` and the module."""
     for name, module in model.named_modules():
-        if isinstance(module, TwoFourLinear):
+        if isinstance(module, CompressedLinear):
             try:
                 module.check()
             except FormatError as error:

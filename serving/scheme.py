@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import prod
 from typing import Annotated, Any, Final, Literal
 
-import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..triton_kernels.formats import two_four
+from ..triton_kernels.formats import groups
 from .errors import InputError
 
 QUANT_METHOD: Final = "halfweight"
@@ -20,6 +18,7 @@ FORMAT_VERSION = 1
 FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _NM = re.compile(r"(\d+):(\d+)")
+_GROUP = re.compile(r"1x(\d+)")
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:
@@ -42,30 +41,89 @@ def _known_pattern(value: str) -> str:
 Pattern = Annotated[str, AfterValidator(_known_pattern)]
 
 
-class LinearScheme(BaseModel):
-    """How one linear `[N, K]` is compressed: one row of the table in docs/architecture.md.
+def parse_group(pattern: str) -> int | None:
+    """G of a pattern such as `"1x16"`, or None when `pattern` is not 1xG. Raises ValueError for an unsupported G."""
+    match = _GROUP.fullmatch(pattern)
+    if match is None:
+        return None
+    if int(match[1]) not in groups.SIZES:
+        raise ValueError(f"pattern {pattern!r}: groups have {', '.join(map(str, groups.SIZES))} inputs")
+    return int(match[1])
 
-    `pattern` is `"N:M"` (N kept in every M consecutive inputs) or `"unstructured"`; `density` is the kept fraction.
+
+def _scheme_pattern(value: str) -> str:
+    return value if value == "dense" or parse_group(value) is not None else _known_pattern(value)
+
+
+class IntegerScheme(BaseModel):
+    """Weights as integer codes with one fp16 scale, and when asymmetric one zero point, per group of inputs of a row.
+
+    `group_size` counts dense inputs; a last group may be shorter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pattern: Pattern
+    bits: Literal[4, 8] = 4
+    group_size: int = Field(ge=2, multiple_of=2)
+    symmetric: bool = False
+
+
+Storage = Literal["dense", "two_four", "integers", "two_four_int4", "groups", "groups_layer"]
+
+
+class LinearScheme(BaseModel):
+    """How one linear `[N, K]` is compressed: one row of the table in docs/architecture.md.
+
+    `pattern` is `dense`, `"N:M"` (N kept in every M consecutive inputs), `"1xG"` (groups of G consecutive inputs of a
+    row, kept or dropped whole) or `unstructured`; `density` is the kept fraction. `integers` says how kept weights are
+    stored; without it they keep the model's 16 bits. Groups are always int4 and also say how many are `kept` (per row,
+    or with `balance: layer` in the whole matrix) and into how many `segments` tensor parallelism may cut a row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: Annotated[str, AfterValidator(_scheme_pattern)]
     density: float = Field(gt=0, le=1)
+    integers: IntegerScheme | None = None
+    kept: int | None = Field(default=None, ge=0)
+    segments: Literal[1, 2, 4, 8] = 1
+    balance: Literal["row", "layer"] = "row"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LinearScheme:
+        if self.group is None:
+            if self.kept is not None or self.segments != 1 or self.balance != "row":
+                raise ValueError(f"pattern {self.pattern} has no kept groups, segments or balance")
+        elif self.kept is None or self.integers is None or self.integers.bits != 4:
+            raise ValueError(f"pattern {self.pattern} needs int4 integers and the number of kept groups")
+        elif self.integers.group_size != self.group:
+            raise ValueError(f"pattern {self.pattern} needs integers with group_size {self.group}")
+        elif self.balance == "layer" and self.segments != 1:
+            raise ValueError("balance: layer has no segments")
+        return self
 
     @property
-    def storage(self) -> Literal["two_four", "dense"]:
-        """`two_four` where the packed format exists; every other pattern is stored as a dense matrix with zeros."""
-        return "two_four" if self.pattern == "2:4" else "dense"
+    def group(self) -> int | None:
+        """G of pattern `1xG`, else None."""
+        return parse_group(self.pattern)
 
-    def tensor_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Stored tensors (without the bias) for a dense weight of `shape` `[N, K]`, by suffix of the module's name."""
-        return two_four.packed_shapes(shape) if self.storage == "two_four" else {"weight": shape}
+    @property
+    def storage(self) -> Storage:
+        """The stored form. Patterns without a packed form of their own are stored whole, with exact zeros."""
+        if self.group is not None:
+            return "groups" if self.balance == "row" else "groups_layer"
+        if self.integers is None:
+            return "two_four" if self.pattern == "2:4" else "dense"
+        packed = self.pattern == "2:4" and self.integers.bits == 4 and self.integers.group_size % 4 == 0
+        return "two_four_int4" if packed else "integers"
 
-    def stored_bits(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bits that the weight of dense `shape` `[N, K]` takes on disk, metadata and padding included."""
-        widths = {"meta": 8}
-        return sum(prod(s) * widths.get(n, dtype.itemsize * 8) for n, s in self.tensor_shapes(shape).items())
+    @property
+    def numbers(self) -> str:
+        """How the kept weights are stored, in words: `int4 g64`, or `16-bit`."""
+        if self.integers is None:
+            return "16-bit"
+        kind = " sym" if self.integers.symmetric else ""
+        return f"int{self.integers.bits} g{self.integers.group_size}{kind}"
 
 
 class ArtifactConfig(BaseModel):
@@ -76,6 +134,11 @@ class ArtifactConfig(BaseModel):
     quant_method: Literal["halfweight"] = QUANT_METHOD
     format_version: int = FORMAT_VERSION
     linears: dict[str, LinearScheme]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON for config.json: schemes without the settings that do not apply to them."""
+        linears = {name: scheme.model_dump(exclude_defaults=True) for name, scheme in self.linears.items()}
+        return {"quant_method": self.quant_method, "format_version": self.format_version, "linears": linears}
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str) -> ArtifactConfig:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import InputError
-from .linear import TwoFourLinear, swap_linears
+from .linear import CompressedLinear, swap_linears
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -68,7 +68,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a dense or compressed linear."""
-    return isinstance(module, (nn.Linear, TwoFourLinear))
+    return isinstance(module, (nn.Linear, CompressedLinear))
 
 
 def tied_names(model: Any) -> set[str]:

@@ -36,7 +36,7 @@ def register(registry: ModuleType) -> None:
             self.artifact = ArtifactConfig.parse({"quant_method": QUANT_METHOD, **fields}, "config.json")
 
         def to_dict(self) -> dict[str, Any]:
-            return self.artifact.model_dump()
+            return self.artifact.to_json()
 
         def to_diff_dict(self) -> dict[str, Any]:
             return self.to_dict()

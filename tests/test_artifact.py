@@ -262,7 +262,7 @@ print(json.dumps([before, quantizer is methods["halfweight"]]))
 
 
 def test_import_is_light_and_registers_once_when_transformers_comes_later(artifact: Path) -> None:
-    assert run_python(_IMPORT_FIRST, artifact, Q) == [[], 0, "TwoFourLinear"]
+    assert run_python(_IMPORT_FIRST, artifact, Q) == [[], 0, "CompressedLinear"]
 
 
 def test_import_registers_when_transformers_came_first() -> None:

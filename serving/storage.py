@@ -1,0 +1,196 @@
+"""From a scheme to stored tensors and back: the one place that knows which format module serves which scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..triton_kernels.dispatch import Weight
+from ..triton_kernels.formats import FormatError, groups, groups_layer, integers, two_four, two_four_int4
+from ..triton_kernels.formats.groups import Groups, KeptGroups
+from ..triton_kernels.formats.groups_layer import LayerGroups
+from ..triton_kernels.formats.integers import Integers, Quantized
+from ..triton_kernels.formats.two_four_int4 import TwoFourInt4
+from .scheme import IntegerScheme, LinearScheme
+
+Shape = tuple[int, int]
+Form = TypeVar("Form", bound=tuple[Any, ...])
+# Storage -> folder of kernels in triton_kernels.
+OPS: dict[str, str] = {
+    "two_four": "two_four",
+    "two_four_int4": "two_four_int4",
+    "integers": "int4",
+    "groups": "group_int4",
+    "groups_layer": "group_int4",
+}
+_META = {"codes": torch.uint8, "zeros": torch.uint8, "meta": torch.uint8, "row_start": torch.int32}
+_BITS16 = {"scales": torch.int16, "index": torch.int16}
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a stored tensor; dtype None is the model's own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+def tensor_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
+    """Stored tensors of a linear `[N, K]` (without its bias) by suffix. Raises FormatError when they cannot fit."""
+    shapes: dict[str, tuple[int, ...]]
+    match scheme.storage:
+        case "two_four":
+            shapes = two_four.packed_shapes(shape)
+        case "integers":
+            shapes = integers.packed_shapes(shape, **_integers(scheme).model_dump())
+        case "two_four_int4":
+            shapes = two_four_int4.packed_shapes(shape, **_integers(scheme).model_dump(exclude={"bits"}))
+        case "groups":
+            size, kept = _groups(scheme)
+            shapes = groups.packed_shapes(shape, group_size=size, kept=kept, segments=scheme.segments)
+        case "groups_layer":
+            size, kept = _groups(scheme)
+            shapes = groups_layer.packed_shapes(shape, group_size=size, kept=kept)
+        case "dense":
+            shapes = {"weight": shape}
+    dtypes = _META | _BITS16
+    return {name: TensorSpec(shape, dtypes.get(name)) for name, shape in shapes.items()}
+
+
+def stored_bits(scheme: LinearScheme, shape: Shape, dtype: torch.dtype) -> int:
+    """Bits that the weight of a linear `[N, K]` takes on disk, scales, metadata and padding included."""
+    specs = tensor_specs(scheme, shape).values()
+    return sum(8 * prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
+
+
+def validate(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+    """Raise FormatError unless `tensors` are a valid stored form of a linear `[N, K]`; later reads are safe then."""
+    match scheme.storage:
+        case "two_four":
+            two_four.validate(tensors["values"], tensors["meta"], shape)
+        case "integers":
+            integers.validate(_as(Integers, tensors), shape, **_integers(scheme).model_dump())
+        case "two_four_int4":
+            settings = _integers(scheme).model_dump(exclude={"bits"})
+            two_four_int4.validate(_as(TwoFourInt4, tensors), shape, **settings)
+        case "groups":
+            size, kept = _groups(scheme)
+            packed = _as(Groups, tensors)
+            groups.validate(packed, shape, group_size=size, kept=kept, segments=scheme.segments)
+        case "groups_layer":
+            size, kept = _groups(scheme)
+            groups_layer.validate(_as(LayerGroups, tensors), shape, group_size=size, kept=kept)
+        case "dense":
+            if tuple(tensors["weight"].shape) != shape:
+                raise FormatError(f"weight has shape {list(tensors['weight'].shape)}, expected {list(shape)}")
+
+
+def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The dense weight `[N, K]` with its zeros, in `dtype`: exact in fp32, rounded once to a narrower dtype."""
+    match scheme.storage:
+        case "two_four":
+            return two_four.unpack(tensors["values"], tensors["meta"]).to(dtype)
+        case "integers":
+            settings = _integers(scheme).model_dump(exclude={"symmetric"})
+            return integers.dequantize(_as(Integers, tensors), columns=shape[1], dtype=dtype, **settings)
+        case "two_four_int4":
+            size = _integers(scheme).group_size
+            packed = _as(TwoFourInt4, tensors)
+            return two_four_int4.dequantize(packed, group_size=size, columns=shape[1], dtype=dtype)
+        case "groups":
+            return groups.dequantize(_as(Groups, tensors), shape[1], segments=scheme.segments, dtype=dtype)
+        case "groups_layer":
+            return groups_layer.dequantize(_as(LayerGroups, tensors), shape[1], dtype=dtype)
+        case "dense":
+            return tensors["weight"].to(dtype)
+
+
+def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) -> Weight:
+    """The stored tensors of a linear `[N, K]` as the kernels take them."""
+    settings = {} if scheme.integers is None else scheme.integers.model_dump()
+    if scheme.group is not None:
+        settings["segments"] = scheme.segments
+    return Weight(
+        op=OPS[scheme.storage],
+        tensors=tensors,
+        shape=shape,
+        settings=settings,
+        dense=lambda dtype: dense_weight(scheme, tensors, shape, dtype),
+    )
+
+
+def pack_weight(
+    weight: Tensor, scheme: LinearScheme, quantized: Quantized | None = None, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Tensors to store for a solved linear, by suffix.
+
+    16-bit schemes store `weight` `[N, K]`. Integer schemes store `quantized` (codes and scales per group of dense
+    inputs) under the bool `mask` `[N, K]` of kept weights (None: all), not `weight`. Raises FormatError off the
+    pattern.
+    """
+    if scheme.storage == "two_four":
+        values, meta = two_four.pack(weight)
+        return {"values": values, "meta": meta}
+    if scheme.integers is None:
+        return {"weight": weight}
+    if quantized is None:
+        raise FormatError(f"{scheme.numbers} weights need codes and scales")
+    codes, scales, zeros = quantized
+    kept = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+    bits, size = scheme.integers.bits, scheme.integers.group_size
+    packed: NamedTuple
+    if scheme.group is not None:
+        packed = _pack_groups(quantized, kept, scheme)
+    elif scheme.storage == "two_four_int4":
+        packed = two_four_int4.pack(quantized, kept, group_size=size)
+    else:
+        spread = torch.arange(codes.shape[1], device=codes.device) // size
+        middle = torch.full_like(codes, integers.middle(bits)) if zeros is None else zeros[:, spread]
+        packed = integers.pack(Quantized(torch.where(kept, codes, middle), scales, zeros), bits=bits, group_size=size)
+    return {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
+
+
+def _pack_groups(quantized: Quantized, mask: Tensor, scheme: LinearScheme) -> Groups | LayerGroups:
+    """Kept groups of dense `quantized` `[N, K]`; the groups with any weight in `mask` are the kept ones."""
+    codes, scales, zeros = quantized
+    size, kept = _groups(scheme)
+    rows, columns = codes.shape
+    padding = -columns % size
+    codes, mask = (torch.nn.functional.pad(part, (0, padding)) for part in (codes, mask))
+    alive = mask.unflatten(1, (-1, size)).any(-1)  # [N, groups]
+    if int(alive.sum()) != (kept if scheme.balance == "layer" else kept * rows):
+        raise FormatError(f"the mask keeps {int(alive.sum())} groups, which is not what the scheme says")
+    row, number = alive.nonzero(as_tuple=True)
+    entries = KeptGroups(
+        codes.unflatten(1, (-1, size))[row, number],
+        scales[row, number],
+        None if zeros is None else zeros[row, number],
+        number,
+    )
+    if scheme.balance == "layer":
+        counts = torch.nn.functional.pad(alive.sum(1), (1, 0))
+        return groups_layer.pack(entries, counts.cumsum(0).to(torch.int32), columns)
+    if bool((alive.sum(1) != kept).any()):
+        raise FormatError(f"every row must keep {kept} groups")
+    by_row: list[Any] = [None if part is None else part.unflatten(0, (rows, kept)) for part in entries]
+    return groups.pack(KeptGroups(*by_row), columns, segments=scheme.segments)
+
+
+def _integers(scheme: LinearScheme) -> IntegerScheme:
+    assert scheme.integers is not None  # every storage that asks has checked
+    return scheme.integers
+
+
+def _groups(scheme: LinearScheme) -> tuple[int, int]:
+    assert scheme.group is not None and scheme.kept is not None
+    return scheme.group, scheme.kept
+
+
+def _as(form: type[Form], tensors: Mapping[str, Tensor]) -> Form:
+    """The format's named tuple of the tensors that a module or file holds by name."""
+    fields: Any = form
+    values: list[Any] = [tensors.get(name) for name in fields._fields]
+    return fields(*values)
