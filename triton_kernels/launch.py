@@ -70,6 +70,9 @@ class Kernel:
     - `budget`: thread instructions per kept weight at M = 1 and 4096 x 4096 on sm_90, whole program.
     - `m_range`: smallest and largest M of one launch. `targets`: GPUs it is compiled and tested for.
     - `inline_asm`: stays off on hardware until it has reproduced its reference there.
+    - `loop_is_clean`: promises a main loop without shared memory, shuffles and barriers on NVIDIA.
+    - `sample(shape, dtype, target)`: the launch of `example` on CPU tensors with random valid content, for the
+      interpreter and the meter.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Kernel:
     m_range: tuple[int, int]
     targets: tuple[str, ...] = EVERY_GPU
     inline_asm: bool = False
+    loop_is_clean: bool = False
+    sample: Example | None = None
 
     def jit(self) -> Any:
         """The triton JITFunction. Raises ModuleNotFoundError where Triton is not installed."""

@@ -10,10 +10,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -21,6 +23,7 @@ from ..launch import Launch
 from .interpreter import interpret
 
 SECTOR = 32
+_MACHINERY = (str(Path(triton.__file__).parent), __file__)  # whose frames are no kernel's
 _HOOKED = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
 
 
@@ -151,9 +154,7 @@ def _count(
 def _kernel_line() -> str:
     """File and line of the kernel statement that is running."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        "triton" in frame.f_code.co_filename and "kernel.py" not in frame.f_code.co_filename
-    ):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
