@@ -84,6 +84,10 @@ class CompressedLinear(nn.Module):
                     setattr(self, name, tensor)
                 self._prepared = None
 
+    def implementation(self) -> dispatch.Prepared | None:
+        """What runs this module, or None before it was decided."""
+        return self._prepared
+
     def forget(self) -> None:
         """Drop the weights: the stored tensors are back on the meta device, to be loaded anew."""
         with _CHANGING:
