@@ -60,20 +60,38 @@ class Sass:
 
     def count(self, *prefixes: str) -> int:
         """Instructions of the whole kernel whose opcode starts with one of `prefixes`."""
-        return sum(instruction.opcode.startswith(prefixes) for instruction in self.instructions)
+        return _count(self.instructions, prefixes)
 
-    def instructions_per_thread(self, weight_bytes_per_thread: float) -> float:
+    def instructions_per_thread(self, weight_bytes_per_thread: float, *prefixes: str) -> float:
         """Instructions a thread executes: everything once, and the main loop until all its weights are loaded.
 
-        An upper bound: both sides of a branch count, and so do peeled or remainder copies of the loop.
+        With `prefixes`, only opcodes that start with one of them. An upper bound: both sides of a branch count, and so
+        do peeled or remainder copies of the loop.
         """
-        loop, whole = self.main_loop, len(self.instructions)
-        if loop == self.instructions:
-            return whole
-        per_trip = weight_bytes(loop)
-        if not per_trip:
-            raise ValueError("the main loop loads no weights with evict_first")
-        return whole - len(loop) + len(loop) * weight_bytes_per_thread / per_trip
+        loop = self.main_loop
+        trips = 1.0
+        if loop is not self.instructions:
+            per_trip = weight_bytes(loop)
+            if not per_trip:
+                raise ValueError("the main loop loads no weights with evict_first")
+            trips = weight_bytes_per_thread / per_trip
+        in_loop, whole = (_count(part, prefixes) for part in (loop, self.instructions))
+        return whole - in_loop + in_loop * trips
+
+    @cached_property
+    def bytes_in_flight(self) -> int:
+        """The most bytes of weights that one warp has requested and not yet waited for, in the main loop.
+
+        A load signals a scoreboard when its data arrives; until an instruction waits for that one it is in flight.
+        """
+        flying: dict[int, int] = {}
+        most = 0
+        for instruction in self.main_loop * 2:  # twice: loads may be awaited in the next trip
+            flying = {board: size for board, size in flying.items() if not instruction.waits >> board & 1}
+            if instruction.is_weight_load and instruction.signals is not None:
+                flying[instruction.signals] = flying.get(instruction.signals, 0) + 32 * instruction.width
+                most = max(most, sum(flying.values()))
+        return most
 
 
 def parse(text: str) -> Sass:
@@ -125,3 +143,9 @@ def bytes_in_flight(loop: tuple[Instruction, ...]) -> int:
             outstanding[instruction.signals] += 32 * instruction.width
         most = max(most, sum(outstanding.values()))
     return most
+
+
+def _count(instructions: tuple[Instruction, ...], prefixes: tuple[str, ...]) -> int:
+    if not prefixes:
+        return len(instructions)
+    return sum(instruction.opcode.startswith(prefixes) for instruction in instructions)
