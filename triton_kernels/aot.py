@@ -24,6 +24,7 @@ from .launch import TYPE_NAMES, Launch
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT32 = 2**31 - 1
+_INLINE_ASM = re.compile(r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)')
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,25 @@ def instructions_per_weight(launch: Launch, binary: Binary, weights: int, weight
     return binary.sass.instructions_per_thread(weight_bytes / threads) * threads / weights
 
 
-def blocked_layouts(ttgir: str) -> list[str]:
-    """The blocked layouts of a kernel's TTGIR; warp-wide inline assembly with `pack` relies on what they say."""
-    return re.findall(r"#blocked\d* = (#ttg\.blocked<\{.*?\}>)", ttgir)
+def misplaced_fragments(ttgir: str) -> list[str]:
+    """Layouts that would feed a warp-wide inline instruction (`mma`) wrongly; empty when all is well.
+
+    Fragments are packed so that lane `l` of a warp finds its registers at elements `p * l .. p * l + p - 1` of 32 * p consecutive
+    ones, where `p` is the assembly's `packed_element`. The layout is the compiler's choice, so it has to be checked.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", ttgir, re.MULTILINE))
+    wrong = []
+    for asm, pack, types in _INLINE_ASM.findall(ttgir):
+        if "mma" not in asm:
+            continue
+        for name in dict.fromkeys(re.findall(r"tensor<[^<>]*?(#\w+)>", types)):
+            fields = dict(re.findall(r"(\w+) = \[([\d, ]*)\]", layouts.get(name, "")))
+            *outer_size, size = fields.get("sizePerThread", "0").split(", ")
+            *outer_lanes, lanes = fields.get("threadsPerWarp", "0").split(", ")
+            along_last = fields.get("order", "").split(", ")[0] == str(len(outer_size))
+            if not (size == pack and lanes == "32" and along_last and set(outer_size + outer_lanes) <= {"1"}):
+                wrong.append(f"{name} = {layouts.get(name, 'no blocked layout')}")
+    return wrong
 
 
 def _amd_field(text: str, name: str) -> int:
