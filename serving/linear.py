@@ -69,12 +69,23 @@ class CompressedLinear(nn.Module):
         """Choose the implementation for inputs of `dtype` on this module's device, and take on its layout."""
         with _CHANGING:
             if self._prepared is None:
-                names = tuple(storage.tensor_specs(self.scheme, self.shape))
-                tensors = {name: getattr(self, name) for name in names}
-                self._prepared = dispatch.prepare(storage.weight_of(self.scheme, tensors, self.shape), dtype)
-                for name in names:
-                    setattr(self, name, None)
+                weight = self._weight()
+                self._prepared = dispatch.prepare(weight, dtype)
+                if self._prepared.backend != "reference":
+                    for name in weight.tensors:
+                        setattr(self, name, None)
             return self._prepared
+
+    def verify(self, dtype: torch.dtype, tokens: int) -> tuple[bool, str]:
+        """Compare the implementation for `dtype` with the reference on random inputs; see `dispatch.verify`."""
+        self._restore()
+        return dispatch.verify(self._weight(), dtype, tokens)
+
+    def _weight(self) -> dispatch.Weight:
+        tensors = {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        floating = (tensor.dtype for tensor in present.values() if tensor.is_floating_point())
+        return storage.weight_of(self.scheme, present, self.shape, next(floating, torch.float32))
 
     def _restore(self) -> None:
         """Bring the stored tensors back, bit for bit."""

@@ -108,18 +108,16 @@ def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Sha
             return tensors["weight"].to(dtype)
 
 
-def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) -> Weight:
-    """The stored tensors of a linear `[N, K]` as the kernels take them."""
+def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Weight:
+    """The stored tensors of a linear `[N, K]` in a model of `dtype`, as the kernels take them."""
     settings = {} if scheme.integers is None else scheme.integers.model_dump()
     if scheme.group is not None:
-        settings["segments"] = scheme.segments
-    return Weight(
-        op=OPS[scheme.storage],
-        tensors=tensors,
-        shape=shape,
-        settings=settings,
-        dense=lambda dtype: dense_weight(scheme, tensors, shape, dtype),
-    )
+        settings |= {"segments": scheme.segments, "layer": scheme.balance == "layer"}
+
+    def expand(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return dense_weight(scheme, tensors, shape, dtype)
+
+    return Weight(OPS[scheme.storage], tensors, shape, settings, dtype, expand)
 
 
 def pack_weight(
