@@ -1,0 +1,75 @@
+"""Each op's CPU layout, as `dispatch` takes it: from the stored tensors, back to them, and the linear over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Layout, Weight
+from ..formats.groups import Groups
+from ..formats.groups_layer import LayerGroups
+from ..formats.integers import Integers
+from ..formats.two_four_int4 import TwoFourInt4
+from . import group_int4, int4, two_four, two_four_int4
+
+
+def _two_four(weight: Weight) -> two_four.TwoFour:
+    """bf16 weights that were loaded into an fp32 model are stored as bf16 again: half the bytes, the same numbers."""
+    values = weight.tensors["values"]
+    narrow = values.bfloat16()
+    exact = values.dtype == torch.float32 and bool((narrow.float() == values).all())
+    return two_four.prepare(narrow if exact else values, weight.tensors["meta"])
+
+
+def _restore_two_four(form: two_four.TwoFour, weight: Weight) -> Mapping[str, Tensor]:
+    values, meta = two_four.restore(form)
+    return {"values": values.to(weight.dtype), "meta": meta}
+
+
+def _two_four_int4(weight: Weight) -> two_four_int4.TwoFourInt4:
+    size = weight.settings["group_size"]
+    return two_four_int4.prepare(_fields(TwoFourInt4, weight), group_size=size, columns=weight.shape[1])
+
+
+def _int4(weight: Weight) -> int4.Integers:
+    bits, size = weight.settings["bits"], weight.settings["group_size"]
+    return int4.prepare(_fields(Integers, weight), bits=bits, group_size=size, columns=weight.shape[1])
+
+
+def _group_int4(weight: Weight) -> group_int4.GroupInt4:
+    if "row_start" in weight.tensors:
+        return group_int4.prepare_layer(_fields(LayerGroups, weight), weight.shape[1])
+    return group_int4.prepare(_fields(Groups, weight), weight.shape[1], segments=weight.settings["segments"])
+
+
+def _restore_group_int4(form: group_int4.GroupInt4, weight: Weight) -> Mapping[str, Tensor]:
+    if weight.settings["layer"]:
+        return group_int4.restore_layer(form)._asdict()
+    return group_int4.restore(form, segments=weight.settings["segments"])._asdict()
+
+
+def _fields(form: Any, weight: Weight) -> Any:
+    """The format's named tuple of the weight's stored tensors."""
+    return form(*(weight.tensors.get(name) for name in form._fields))
+
+
+def _present(tensors: Mapping[str, Tensor | None]) -> Mapping[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+LAYOUTS: dict[str, Layout] = {
+    "two_four": Layout(_two_four, _restore_two_four, two_four.linear, lambda form: two_four.rows(form).n),
+    "two_four_int4": Layout(
+        _two_four_int4,
+        lambda form, _: _present(two_four_int4.restore(form)._asdict()),
+        two_four_int4.linear,
+        lambda form: two_four_int4.rows(form).n,
+    ),
+    "int4": Layout(
+        _int4, lambda form, _: _present(int4.restore(form)._asdict()), int4.linear, lambda form: int4.rows(form).n
+    ),
+    "group_int4": Layout(_group_int4, _restore_group_int4, group_int4.linear, lambda form: group_int4.rows(form).n),
+}

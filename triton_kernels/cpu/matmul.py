@@ -1,0 +1,88 @@
+"""Calls of the K-major kernels: a few tokens through the fused kernel, more through dense blocks of rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import jit
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_TOKENS = 8
+BLOCK_BYTES = 16 << 20
+
+
+class Rows(NamedTuple):
+    """A prepared K-major weight `[n, k]`, as the programs of `rows.py` take it.
+
+    `decoder` and `config` name the program. A row of activations is cut into runs of `span` numbers that the layout
+    keeps `stride` apart, `padded` in all. `tensors` are the decoder's, None for an absent one; `exact` is the
+    narrowest dtype that holds every weight.
+    """
+
+    decoder: str
+    config: tuple[int, ...]
+    n: int
+    k: int
+    span: int
+    stride: int
+    padded: int
+    tensors: tuple[Tensor | None, ...]
+    exact: torch.dtype = torch.float32
+
+
+def linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` `[..., k]` (fp32, bf16 or fp16) -> `[..., n]` in x's dtype, summed in fp32; `bias` `[n]` or None.
+
+    Up to 8 tokens the result of one depends on it alone, bit for bit: not on the others, nor on the number of threads.
+    """
+    shape = (*x.shape[:-1], rows.n)
+    x = x.reshape(-1, rows.k).contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    if len(x) > MAX_TOKENS:
+        return _dense_linear(rows, x, bias).view(shape)
+    y = x.new_empty(len(x), rows.n)
+    if len(x) and rows.n:
+        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, len(x))
+        sizes = (len(x), rows.n, rows.k, rows.span, rows.stride, rows.padded)
+        where = 0 if bias is None else bias.data_ptr()
+        jit.run(
+            kernel, weight_bytes(rows), x.data_ptr(), y.data_ptr(), where, DTYPES[x.dtype], *sizes, *_addresses(rows)
+        )
+    return y.view(shape)
+
+
+def dense_rows(rows: Rows, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's rows `numbers` (int64) as `[..., k]`; raises IndexError for one that does not exist."""
+    flat = numbers.reshape(-1).contiguous()
+    y = torch.empty(len(flat), rows.k, dtype=dtype)
+    if len(flat):
+        kernel = jit.kernel("rows", "expand", rows.decoder, rows.config)
+        sizes = (len(flat), rows.n, DTYPES[dtype], rows.k, rows.span, rows.stride, rows.padded)
+        jit.run(kernel, 4 * y.numel(), y.data_ptr(), flat.data_ptr(), *sizes, *_addresses(rows))
+    return y.view(*numbers.shape, rows.k)
+
+
+def weight_bytes(rows: Rows) -> int:
+    """Bytes of the weight that one pass reads."""
+    return sum(t.numel() * t.element_size() for t in rows.tensors if t is not None)
+
+
+def _dense_linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The dense matmul, a block of rows at a time; in fp32 unless x's dtype holds the weights exactly."""
+    dtype = x.dtype if rows.exact == x.dtype else torch.float32
+    wide, y = x.to(dtype), x.new_empty(len(x), rows.n)
+    step = max(1, BLOCK_BYTES // (dtype.itemsize * max(1, rows.k)))
+    for start in range(0, rows.n, step):
+        block = slice(start, min(start + step, rows.n))
+        dense = dense_rows(rows, torch.arange(block.start, block.stop), dtype)
+        y[:, block] = F.linear(wide, dense, None if bias is None else bias[block].to(dtype))
+    return y
+
+
+def _addresses(rows: Rows) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in rows.tensors]
