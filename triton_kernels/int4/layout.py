@@ -1,0 +1,164 @@
+"""GPU order of dense integers: the A fragments of `mma.m16n8k16`, sixteen rows at a time, made once after load.
+
+A weight `[..., N, K]` is padded to tiles of 16 rows and chunks of 64 columns. With `g` 0..7, `t` 0..3 and a lane `4g + t`, a
+lane's share of a chunk is rows g and g + 8, columns `32p + 8t .. 32p + 8t + 7` for p = 0, 1: what `mma` wants, with the columns
+of a chunk permuted so that a lane's activations are 16 contiguous bytes. (A sum over columns does not mind, as long as weights
+and activations are permuted alike.)
+
+- `codes[..., tiles, blocks, 128]` int32, word `4 * lane + i`; a block has 512 bytes, one 16-byte load per lane.
+  4 bits: a block is a chunk, i = 2p + q. Nibble `4h + 2c + half` of the word is row `g + 8 half`, column
+  `32p + 8t + 4q + 2c + h`. 8 bits: a block is half a chunk (one p). Byte `2 half + h` is row `g + 8 half`, column
+  `32p + 8t + 2i + h`.
+- `scales[..., tiles, quads, 8, 4]` int32: for `g` and the four groups of a quad, the fp16 bits of row g low, of row g + 8 high.
+- `zeros`, asymmetric only. 4 bits: `[..., tiles, quads, 8]` int32, byte j of group j: row g low, row g + 8 high. 8 bits:
+  `[..., tiles, quads, 8, 2]`, byte j of word `half`.
+
+Groups have 32, 64 or 128 columns here (a larger group is cut, its scale repeated), or 0: one group per row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats import FormatError, integers
+from ..formats.bits import from_bits, to_bits
+from ..formats.integers import Integers, Quantized
+
+ROWS = 16
+CHUNK = 64
+GROUPS = (128, 64, 32)
+
+
+class Prepared(NamedTuple):
+    """A weight in GPU order (see the module's docstring), with its bits per weight, group size, N (`rows`) and K (`columns`)."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group: int
+    rows: int
+    columns: int
+
+    def expert(self, index: int) -> Prepared:
+        """The weight of one expert, sharing memory."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return self._replace(codes=self.codes[index], scales=self.scales[index], zeros=zeros)
+
+
+def kernel_group(group_size: int, columns: int) -> int:
+    """The group size that the kernels work with; raises FormatError for one that they cannot."""
+    if group_size >= columns:
+        return 0
+    for size in GROUPS:
+        if group_size % size == 0:
+            return size
+    raise FormatError(f"GPU kernels need groups of a multiple of {GROUPS[-1]} columns, got {group_size}")
+
+
+def prepared_shapes(
+    shape: tuple[int, ...], *, bits: int, group: int, symmetric: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a `Prepared` weight `[..., N, K]`; `group` as from `kernel_group`."""
+    *lead, rows, columns = shape
+    tiles = -(-rows // ROWS)
+    quads = -(-(-(-columns // group)) // 4) if group else 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "codes": (*lead, tiles, -(-columns // CHUNK) * bits // 4, 128),
+        "scales": (*lead, tiles, quads, 8, 4),
+    }
+    if not symmetric:
+        shapes["zeros"] = (*lead, tiles, quads, 8) if bits == 4 else (*lead, tiles, quads, 8, 2)
+    return shapes
+
+
+def prepare(packed: Integers, *, bits: int, group_size: int, columns: int) -> Prepared:
+    """GPU order of a validated `packed` `[..., N, K]`, K = `columns`; raises FormatError for unusable groups."""
+    group = kernel_group(group_size, columns)
+    codes, scales, zeros = integers.unpack(packed, bits=bits, group_size=group_size, columns=columns)
+    rows = codes.shape[-2]
+    bit_patterns = to_bits(scales)
+    if group and group < group_size:
+        count = -(-columns // group)
+        bit_patterns = bit_patterns.repeat_interleave(group_size // group, -1)[..., :count]
+        zeros = None if zeros is None else zeros.repeat_interleave(group_size // group, -1)[..., :count]
+    return Prepared(
+        _order_codes(codes, bits),
+        _order_scales(bit_patterns),
+        None if zeros is None else _order_zeros(zeros, bits),
+        bits,
+        group,
+        rows,
+        columns,
+    )
+
+
+def restore(prepared: Prepared) -> Quantized:
+    """The codes `[..., N, K]`, and scales and zeros per kernel group: the inverse of `prepare` up to cut groups."""
+    bits, rows, columns = prepared.bits, prepared.rows, prepared.columns
+    count = -(-columns // prepared.group) if prepared.group else 1
+    part = prepared.codes.contiguous().view(torch.uint8)
+    if bits == 4:
+        part = torch.stack((part & 15, part >> 4), -1)
+        part = part.unflatten(-2, (8, 4, 2, 2, 2, 2)).flatten(-1)  # tiles, chunks, g, t, p, q, h, c, half
+        codes = _move(part, "TCgtpqhcH", "THgCptqch").flatten(-9, -7).flatten(-6)
+    else:
+        part = part.unflatten(-1, (8, 4, 4, 2, 2))  # tiles, blocks, g, t, i, half, h
+        codes = _move(part, "TBgtiHh", "THgBtih").flatten(-7, -5).flatten(-4)
+    scales = _move(prepared.scales.contiguous().view(torch.int16).unflatten(-1, (4, 2)), "TQgjH", "THgQj")
+    scales = scales.flatten(-5, -3).flatten(-2)[..., :rows, :count]
+    zeros = None
+    if prepared.zeros is not None:
+        part = prepared.zeros.contiguous()[..., None].view(torch.uint8)
+        if bits == 4:
+            part = torch.stack((part & 15, part >> 4), -1)
+            zeros = _move(part, "TQgjH", "THgQj")
+        else:
+            zeros = _move(part, "TQgHj", "THgQj")
+        zeros = zeros.flatten(-5, -3).flatten(-2)[..., :rows, :count].contiguous()
+    return Quantized(codes[..., :rows, :columns].contiguous(), from_bits(scales.contiguous()), zeros)
+
+
+def _order_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes `[..., N, K]` -> int32 `[..., tiles, blocks, 128]`."""
+    rows, columns = codes.shape[-2:]
+    padded = F.pad(codes, (0, -columns % CHUNK, 0, -rows % ROWS), value=integers.middle(bits))
+    tiled = padded.unflatten(-2, (-1, 2, 8))
+    if bits == 4:
+        split = tiled.unflatten(-1, (-1, 2, 4, 2, 2, 2))  # tiles, half, g, chunks, p, t, q, c, h
+        nibbles = _move(split, "THgCptqch", "TCgtpqhcH")
+        bytes_ = (nibbles[..., 0] | nibbles[..., 1] << 4).flatten(-6)
+    else:
+        split = tiled.unflatten(-1, (-1, 4, 4, 2))  # tiles, half, g, blocks, t, i, h
+        bytes_ = _move(split, "THgBtih", "TBgtiHh").flatten(-5)
+    return bytes_.contiguous().view(torch.int32)
+
+
+def _order_scales(bit_patterns: Tensor) -> Tensor:
+    """int16 `[..., N, J]` -> int32 `[..., tiles, quads, 8, 4]`."""
+    return _move(_quads(bit_patterns), "THgQj", "TQgjH").contiguous().view(torch.int32)[..., 0]
+
+
+def _order_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """uint8 `[..., N, J]` -> int32 `[..., tiles, quads, 8]` for 4 bits, `[..., tiles, quads, 8, 2]` for 8."""
+    if bits == 8:
+        return _move(_quads(zeros), "THgQj", "TQgHj").contiguous().view(torch.int32)[..., 0]
+    pairs = _move(_quads(zeros), "THgQj", "TQgjH")
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)[..., 0]
+
+
+def _quads(per_group: Tensor) -> Tensor:
+    """`[..., N, J]` -> `[..., tiles, half, g, quads, j]`, padded with 0."""
+    rows, count = per_group.shape[-2:]
+    padded = F.pad(per_group, (0, -count % 4, 0, -rows % ROWS))
+    return padded.unflatten(-2, (-1, 2, 8)).unflatten(-1, (-1, 4))
+
+
+def _move(tensor: Tensor, before: str, after: str) -> Tensor:
+    """Permute the last axes, one letter each."""
+    lead = tensor.ndim - len(before)
+    return tensor.permute(*range(lead), *(lead + before.index(letter) for letter in after))
