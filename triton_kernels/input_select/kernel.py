@@ -1,0 +1,232 @@
+"""Triton kernels of input-selected linears with 16-bit weights.
+
+The weight lies input-major, `[K + rank, columns]`: one row per input, then `U^T`, whose inputs are the low-rank branch's
+z. A row is loaded under a mask that says whether any token selects its input, so an unselected row moves no bytes. Both
+kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
+
+All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: tiles do not straddle
+fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _selected(values, norms, rows, inside, threshold, NORMS: tl.constexpr, REST: tl.constexpr):
+    """Whether a token's input is used: selected, or (REST) not selected. NaN counts as selected, zero never does."""
+    score = tl.abs(values)
+    if NORMS:
+        score *= tl.load(norms + rows, mask=inside, other=0.0)
+    if REST:
+        return (score <= threshold) & (values != 0)
+    # Not `score > threshold`: a NaN must reach the output of its own token.
+    return (score <= threshold) == 0
+
+
+@triton.jit
+def gemv(
+    x,
+    weight,
+    thresholds,
+    norms,
+    z,
+    tiles,
+    bias,
+    out,
+    N,
+    K,
+    RANK,
+    stride_w,
+    slice_k,
+    PARTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    REST: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    Z_SLICES: tl.constexpr,
+    EVEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One token: `out[n] = sum_k select(x)[k] weight[k, n] + sum_r z[r] weight[K + r, n] + bias[n]`.
+
+    A warp holds 8 rows of 32 columns per load; the rows are summed once, after the loop. EVEN: slices divide K.
+    """
+    tile = tl.program_id(0)
+    part = 0
+    first = tile * BLOCK_N
+    end = N
+    if PARTS > 1:
+        part = tl.load(tiles + 4 * tile)
+        first = tl.load(tiles + 4 * tile + 1)
+        end = tl.load(tiles + 4 * tile + 2)
+    threshold = tl.load(thresholds + part)
+    norms += part * K
+    lanes = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * slice_k
+    stop = tl.minimum(start + slice_k, K)
+    inputs = x + start + lanes
+    rows = weight + tile * BLOCK_N + (start + lanes).to(tl.int64)[:, None] * stride_w + columns[None, :]
+    total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for k in range(start, stop, BLOCK_K * UNROLL):
+        # All loads before all arithmetic, so that UNROLL weight loads are in flight.
+        values = ()
+        used = ()
+        loaded = ()
+        for u in tl.static_range(UNROLL):
+            row = k + u * BLOCK_K + lanes
+            inside = None if EVEN else row < K
+            value = tl.load(inputs + u * BLOCK_K, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
+            values = values + (value,)
+            used = used + (_selected(value, norms, row, inside, threshold, NORMS, REST),)
+        for u in tl.static_range(UNROLL):
+            pointers = rows + u * BLOCK_K * stride_w
+            tile_u = tl.load(pointers, mask=used[u][:, None], other=0.0, eviction_policy="evict_first")
+            loaded = loaded + (tile_u,)
+        for u in tl.static_range(UNROLL):
+            total += loaded[u].to(tl.float32) * values[u][:, None]
+        inputs += BLOCK_K * UNROLL
+        rows += BLOCK_K * UNROLL * stride_w
+    if Z_SLICES:
+        # The branch's rows are always read; slices of K share them out.
+        for r in range(tl.program_id(1) * BLOCK_K, RANK, tl.num_programs(1) * BLOCK_K):
+            rank = r + lanes
+            value = tl.zeros((BLOCK_K,), tl.float32)
+            for s in tl.static_range(Z_SLICES):
+                value += tl.load(z + (s * PARTS + part) * RANK + rank, mask=rank < RANK, other=0.0)
+            pointers = weight + (K + rank).to(tl.int64)[:, None] * stride_w + tile * BLOCK_N + columns[None, :]
+            branch = tl.load(pointers, mask=(rank < RANK)[:, None], other=0.0, eviction_policy="evict_first")
+            total += branch.to(tl.float32) * value[:, None]
+    result = tl.sum(total, 0)
+    column = first + columns
+    if PARTIAL:
+        out += tl.program_id(1) * N
+    elif BIAS:
+        result += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)
+    tl.store(out + column, result.to(out.dtype.element_ty), mask=column < end)
+
+
+@triton.jit
+def _masked_inputs(
+    x,
+    norms,
+    threshold,
+    tokens,
+    row,
+    M,
+    K,
+    stop,
+    stride_x,
+    NORMS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """x `[tokens, row]` where used, else 0, and which rows any token uses."""
+    inside = row < stop
+    value = tl.load(
+        x + tokens[:, None] * stride_x + row[None, :], mask=(tokens < M)[:, None] & inside[None, :], other=0.0
+    )
+    used = _selected(value.to(tl.float32), norms, row[None, :], inside[None, :], threshold, NORMS, REST)
+    return tl.where(used, value, 0.0), tl.max(used.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def dot(
+    x,
+    weight,
+    thresholds,
+    norms,
+    z,
+    tiles,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    RANK,
+    stride_x,
+    stride_w,
+    slice_k,
+    PARTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    REST: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    Z_SLICES: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Up to BLOCK_M tokens: the product of `gemv` by tensor cores; the union of the tokens' selections is read, once.
+
+    Weights are fetched one step ahead of their use. DOT: the type the product is formed in.
+    """
+    tile = tl.program_id(0)
+    part = 0
+    first = tile * BLOCK_N
+    end = N
+    if PARTS > 1:
+        part = tl.load(tiles + 4 * tile)
+        first = tl.load(tiles + 4 * tile + 1)
+        end = tl.load(tiles + 4 * tile + 2)
+    threshold = tl.load(thresholds + part)
+    norms += part * K
+    tokens = tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * slice_k
+    stop = tl.minimum(start + slice_k, K)
+    rows = weight + tile * BLOCK_N + (start + lanes).to(tl.int64)[:, None] * stride_w + columns[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    value, used = _masked_inputs(x, norms, threshold, tokens, start + lanes, M, K, stop, stride_x, NORMS, REST)
+    loaded = tl.load(rows, mask=used[:, None], other=0.0, eviction_policy="evict_first")
+    for k in range(start + BLOCK_K, stop + BLOCK_K, BLOCK_K):
+        rows += BLOCK_K * stride_w
+        ahead, used = _masked_inputs(x, norms, threshold, tokens, k + lanes, M, K, stop, stride_x, NORMS, REST)
+        loaded_ahead = tl.load(rows, mask=used[:, None], other=0.0, eviction_policy="evict_first")
+        total = tl.dot(value.to(DOT), loaded.to(DOT), total)
+        value = ahead
+        loaded = loaded_ahead
+    if Z_SLICES:
+        for r in range(tl.program_id(1) * BLOCK_R, RANK, tl.num_programs(1) * BLOCK_R):
+            rank = r + tl.arange(0, BLOCK_R)
+            inside = (tokens < M)[:, None] & (rank < RANK)[None, :]
+            rest = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for s in tl.static_range(Z_SLICES):
+                offsets = (s * M + tokens[:, None]) * (PARTS * RANK) + part * RANK + rank[None, :]
+                rest += tl.load(z + offsets, mask=inside, other=0.0)
+            pointers = weight + (K + rank).to(tl.int64)[:, None] * stride_w + tile * BLOCK_N + columns[None, :]
+            branch = tl.load(pointers, mask=(rank < RANK)[:, None], other=0.0, eviction_policy="evict_first").to(DOT)
+            # z as the sum of two narrow numbers: one alone would round it.
+            high = rest.to(DOT)
+            low = (rest - high.to(tl.float32)).to(DOT)
+            total = tl.dot(low, branch, tl.dot(high, branch, total))
+    column = first + columns
+    if PARTIAL:
+        out += tl.program_id(1) * M * N
+    elif BIAS:
+        total += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + tokens[:, None] * N + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(tokens < M)[:, None] & (column < end)[None, :],
+    )
+
+
+@triton.jit
+def reduce(partial, bias, y, M, N, BIAS: tl.constexpr, SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`y[m, n] = sum_s partial[s, m, n] + bias[n]`, always in the same order. Grid `(column blocks, M)`."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for s in tl.static_range(SLICES):
+        total += tl.load(partial + (s * M + token) * N + column, mask=column < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+    tl.store(y + token * N + column, total.to(y.dtype.element_ty), mask=column < N)

@@ -1,0 +1,212 @@
+"""`halfweight::input_select_gpu`: input-selected 16-bit linears on GPUs, and the facts about their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..formats import input_select
+from ..formats.bits import to_bits
+from ..formats.input_select import InputSelection
+from ..launch import Kernel, Launch, Shape
+from ..library import register as register_operator
+from . import layout
+from .layout import Prepared, count_tiles
+from .plan import (
+    MATMUL_FROM,
+    can_run,
+    choose,
+    dot_split,
+    gemv_split,
+    plan,
+    plan_dot,
+    plan_gemv,
+    plan_reduce,
+    plan_rest,
+    workspaces,
+)
+from .reference import selected
+
+__all__ = [
+    "KERNELS",
+    "can_run",
+    "choose",
+    "linear",
+    "matmul",
+    "plan",
+    "plan_dot",
+    "plan_gemv",
+    "plan_reduce",
+    "plan_rest",
+    "register",
+]
+
+EXAMPLE_RANK = 64
+
+
+def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked: bool = True) -> Tensor:
+    """`y[..., N]` of `x[..., K]` on a GPU; `masked=False` uses every input (a dense prefill) and no branch."""
+    tokens = x.reshape(-1, prepared.k).contiguous()
+    m = tokens.shape[0]
+    if not masked or choose(m) == "matmul":
+        y = matmul(tokens, prepared, bias, masked=masked)
+    else:
+        y = tokens.new_empty((m, prepared.n))
+        for name, launch in plan(tokens, prepared, y, bias, device_target(x.device)) if m else ():
+            _KERNEL_OF[name].run(launch)
+    return y.reshape(*x.shape[:-1], prepared.n)
+
+
+def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked: bool = True) -> Tensor:
+    """The same for many tokens `x[M, K]`: masked x times the dense weight, and the branch as two matmuls."""
+    selection = InputSelection(
+        to_bits(prepared.thresholds), None if prepared.norms is None else to_bits(prepared.norms)
+    )
+    ranks = (prepared.rank,) * len(prepared.parts)
+    columns = layout.padded_columns(prepared.parts)
+    v_columns = layout.padded_columns(ranks)
+    blocks = []
+    for part, size in enumerate(prepared.parts):
+        weight = prepared.weight[:, columns[part]][:, :size]
+        if not masked:
+            blocks.append(x @ weight[: prepared.k])
+            continue
+        used = selected(x, selection, part)
+        block = torch.where(used, x, 0) @ weight[: prepared.k]
+        if prepared.v is not None:
+            z = torch.where(used, 0, x) @ prepared.v[:, v_columns[part]][:, : prepared.rank]
+            block = block.addmm_(z, weight[prepared.k :])
+        blocks.append(block)
+    y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+    return y if bias is None else y + bias
+
+
+def device_target(device: torch.device) -> str:
+    """`sm_90`, `gfx942` and the like for a CUDA or ROCm device."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def register() -> None:
+    """Define `halfweight::input_select_gpu`, idempotently."""
+    register_operator(
+        "input_select_gpu(Tensor x, Tensor weight, Tensor thresholds, Tensor? norms, Tensor? v, Tensor tiles,"
+        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked) -> Tensor",
+        {"CUDA": _operator},
+        lambda x, weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, parts, bias, masked: x.new_empty(
+            (*x.shape[:-1], n)
+        ),
+    )
+
+
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    norms: Tensor | None,
+    v: Tensor | None,
+    tiles: Tensor,
+    v_tiles: Tensor,
+    workspace: Tensor,
+    n: int,
+    k: int,
+    rank: int,
+    parts: Sequence[int],
+    bias: Tensor | None,
+    masked: bool,
+) -> Tensor:
+    prepared = Prepared(weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, tuple(parts))
+    return linear(x, prepared, bias, masked=masked)
+
+
+# --- facts ---
+
+
+def example_prepared(shape: Shape, dtype: torch.dtype, rank: int = 0) -> Prepared:
+    """A linear of one part on the meta device."""
+    shapes = input_select.packed_shapes((shape.n, shape.k), rank=rank)
+    meta = {
+        name: torch.empty(size, dtype=torch.int32 if name == "thresholds" else dtype, device="meta")
+        for name, size in shapes.items()
+    }
+    weight = torch.empty((shape.k, shape.n), dtype=dtype, device="meta")
+    return layout.prepare(weight, InputSelection(meta["thresholds"], None, meta.get("V"), meta.get("U")))
+
+
+def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str) -> Launch:
+    """The launch of one step of `plan` without a branch, or with one of EXAMPLE_RANK for `rest` kernels."""
+    rest = kernel.startswith("rest")
+    prepared = example_prepared(shape, dtype, EXAMPLE_RANK if rest else 0)
+    x = torch.empty((shape.m, shape.k), dtype=dtype, device="meta")
+    y = torch.empty((shape.m, shape.n), dtype=dtype, device="meta")
+    z, partial_sums = workspaces(prepared, shape.m)
+    if rest:
+        return plan_rest(x, prepared, z, target)[1]
+    slices = _slices(shape)
+    if kernel == "reduce":
+        return plan_reduce(partial_sums, None, y, slices)
+    out = y if slices == 1 else partial_sums
+    return (plan_gemv if kernel == "gemv" else plan_dot)(x, prepared, out, None, target)
+
+
+def _slices(shape: Shape, rank: int = 0) -> int:
+    tiles = count_tiles((rank or shape.n,))
+    return (gemv_split(tiles, shape.k) if shape.m == 1 else dot_split(shape.m, tiles, shape.k)).slices
+
+
+def _weights(shape: Shape, *, kernel: str) -> int:
+    return 0 if kernel == "reduce" else shape.k * (EXAMPLE_RANK if kernel.startswith("rest") else shape.n)
+
+
+def _weight_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
+    """With every input selected (not selected, for `rest`); otherwise the share of rows that some token uses."""
+    columns = EXAMPLE_RANK if kernel.startswith("rest") else shape.n
+    return 0 if kernel == "reduce" else shape.k * count_tiles((columns,)) * layout.TILE * dtype.itemsize
+
+
+def _bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
+    rest = kernel.startswith("rest")
+    if kernel == "reduce":
+        return _slices(shape) * shape.m * shape.n * 4 + shape.m * shape.n * dtype.itemsize
+    slices = _slices(shape, EXAMPLE_RANK if rest else 0)
+    columns = EXAMPLE_RANK if rest else shape.n
+    out = shape.m * columns * (4 * slices if rest or slices > 1 else dtype.itemsize)
+    return _weight_bytes(shape, dtype, kernel=kernel) + shape.m * shape.k * dtype.itemsize + 4 + out
+
+
+def _minimum_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
+    return (
+        _bytes(shape, dtype, kernel=kernel)
+        - _weight_bytes(shape, dtype, kernel=kernel)
+        + (_weights(shape, kernel=kernel) * dtype.itemsize)
+    )
+
+
+def _kernel(name: str, function: str, m_range: tuple[int, int], budget: dict[torch.dtype, float] | None) -> Kernel:
+    return Kernel(
+        name=f"input_select.{name}",
+        op="input_select",
+        function=f"input_select.kernel:{function}",
+        example=partial(_example, kernel=name),
+        bytes=partial(_bytes, kernel=name),
+        minimum_bytes=partial(_minimum_bytes, kernel=name),
+        weights=partial(_weights, kernel=name),
+        weight_bytes=partial(_weight_bytes, kernel=name),
+        budget=budget,
+        m_range=m_range,
+    )
+
+
+KERNELS = (
+    _kernel("gemv", "gemv", (1, 1), {torch.float16: 4.5, torch.bfloat16: 5.0}),
+    _kernel("dot", "dot", (2, MATMUL_FROM - 1), None),
+    _kernel("rest_gemv", "gemv", (1, 1), None),
+    _kernel("rest_dot", "dot", (2, MATMUL_FROM - 1), None),
+    _kernel("reduce", "reduce", (1, MATMUL_FROM - 1), None),
+)
+_KERNEL_OF = {"gemv": KERNELS[0], "dot": KERNELS[1], "reduce": KERNELS[4]}

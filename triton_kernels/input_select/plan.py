@@ -1,0 +1,227 @@
+"""Which kernels run an input-selected 16-bit linear for how many tokens, with which tiles: pure functions, no autotuning.
+
+One token goes through `gemv`; 2 to 63 through `dot`, which reads a row when any token selects it; from 64 on the union is
+everything, and the masked tokens go through a dense matmul. Narrow linears split K over programs; the partial sums go
+through a workspace and `reduce` adds them in a fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import EVERY_GPU, Launch, Shape
+from .layout import TILE, Prepared
+
+MATMUL_FROM = 64  # tokens
+REDUCE_COLUMNS = 256
+Step = tuple[str, Launch]
+
+
+class Split(NamedTuple):
+    """How a launch walks K: `slices` programs per column tile, each `slice_k` inputs."""
+
+    slices: int
+    slice_k: int
+
+
+def choose(m: int) -> str:
+    """`gemv`, `dot` or `matmul` for `m` tokens."""
+    return "gemv" if m == 1 else "dot" if m < MATMUL_FROM else "matmul"
+
+
+def can_run(shape: Shape, dtype: torch.dtype, target: str) -> tuple[bool, str]:
+    """Whether the kernels take this linear on this GPU, or why not."""
+    if target not in EVERY_GPU:
+        return False, f"input_select kernels are not built for {target}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False, f"input_select needs fp16 or bf16, got {str(dtype).removeprefix('torch.')}"
+    return True, ""
+
+
+def gemv_unroll(k: int, slices: int) -> int:
+    """Weight loads a thread keeps in flight: 4, fewer for short slices."""
+    return 4 if k >= 512 * slices else 1
+
+
+def gemv_threads(rows: int) -> int:
+    """Threads of a program for this many rows: each holds an eighth of a row per load."""
+    return 512 if rows >= 2048 else 256 if rows >= 512 else 128
+
+
+def gemv_split(n_tiles: int, k: int, limit: int = 16) -> Split:
+    """Slices of K for one token: enough programs for a GPU, but no slice under 512 inputs."""
+    slices = min(limit, max(1, min(128 // max(1, n_tiles), k // 512)))
+    step = gemv_unroll(k, slices) * gemv_threads(k // slices) * 8 // TILE
+    slice_k = -(-k // (slices * step)) * step
+    return Split(-(-k // slice_k), slice_k)
+
+
+def dot_split(m: int, n_tiles: int, k: int, limit: int = 8) -> Split:
+    """Slices of K for 2 to 63 tokens: a program hides little latency, so several per multiprocessor."""
+    wanted = 512 if m <= 16 else 256
+    slices = min(limit, max(1, min(wanted // max(1, n_tiles), k // 256)))
+    slice_k = -(-k // (slices * 128)) * 128
+    return Split(-(-k // slice_k), slice_k)
+
+
+def split(m: int, n_tiles: int, k: int) -> Split:
+    """Slices of K for `m` tokens below MATMUL_FROM."""
+    return gemv_split(n_tiles, k) if m == 1 else dot_split(m, n_tiles, k)
+
+
+def partial_sizes(m: int, n: int, k: int, rank: int, parts: int) -> tuple[int, int]:
+    """fp32 numbers in the workspace for `m` tokens: z, and the partial sums of y (0 when K is not split).
+
+    y is taken as one part here; more parts have more tiles and so fewer slices.
+    """
+    z = split(m, parts * -(-rank // TILE), k).slices * m * parts * rank if rank else 0
+    slices = split(m, -(-n // TILE), k).slices
+    return -(-z // 4) * 4, slices * m * n if slices > 1 else 0
+
+
+def plan(
+    x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, target: str, dot_dtype: torch.dtype | None = None
+) -> list[Step]:
+    """The launches that compute `y[M, N]` from contiguous `x[M, K]`, M < 64, in order: `(kernel function, launch)`.
+
+    `dot_dtype`: see `plan_dot`.
+    """
+    m = x.shape[0]
+    z, partial = workspaces(prepared, m)
+    steps: list[Step] = []
+    if prepared.rank:
+        steps.append(plan_rest(x, prepared, z, target, dot_dtype))
+    slices = split(m, len(prepared.tiles), prepared.k).slices
+    out = y if slices == 1 else partial
+    if m == 1:
+        steps.append(("gemv", plan_gemv(x, prepared, out, bias, target, z=z)))
+    else:
+        steps.append(("dot", plan_dot(x, prepared, out, bias, target, z=z, dot_dtype=dot_dtype)))
+    if slices > 1:
+        steps.append(("reduce", plan_reduce(partial, bias, y, slices)))
+    return steps
+
+
+def workspaces(prepared: Prepared, m: int) -> tuple[Tensor, Tensor]:
+    """The workspace's regions for z and for partial sums of y."""
+    z, partial = partial_sizes(m, prepared.n, prepared.k, prepared.rank, len(prepared.parts))
+    return prepared.workspace[:z], prepared.workspace[z : z + partial]
+
+
+def plan_rest(x: Tensor, prepared: Prepared, z: Tensor, target: str, dot_dtype: torch.dtype | None = None) -> Step:
+    """z = (x - select(x)) V of every part, as partial sums `[slices, M, P * rank]`."""
+    assert prepared.v is not None
+    ranks = (prepared.rank,) * len(prepared.parts)
+    branch = prepared._replace(weight=prepared.v, v=None, rank=0, n=sum(ranks), parts=ranks, tiles=prepared.v_tiles)
+    if x.shape[0] == 1:
+        return "gemv", plan_gemv(x, branch, z, None, target, rest=True)
+    return "dot", plan_dot(x, branch, z, None, target, rest=True, dot_dtype=dot_dtype)
+
+
+def plan_gemv(
+    x: Tensor,
+    prepared: Prepared,
+    out: Tensor,
+    bias: Tensor | None,
+    target: str,
+    *,
+    z: Tensor | None = None,
+    rest: bool = False,
+) -> Launch:
+    """One token. `out`: y, or fp32 partial sums when K is split or for `rest` (unselected inputs)."""
+    chosen = gemv_split(len(prepared.tiles), prepared.k)
+    threads = gemv_threads(prepared.k // chosen.slices)
+    return Launch(
+        grid=(len(prepared.tiles), chosen.slices),
+        arguments=_arguments(x, prepared, out, bias, z, chosen),
+        constants={
+            **_constants(1, prepared, bias, rest, chosen),
+            "EVEN": prepared.k % chosen.slice_k == 0,
+            "UNROLL": gemv_unroll(prepared.k, chosen.slices),
+            "BLOCK_K": threads * 8 // TILE,
+            "BLOCK_N": TILE,
+        },
+        num_warps=threads // _lanes(target),
+    )
+
+
+def plan_dot(
+    x: Tensor,
+    prepared: Prepared,
+    out: Tensor,
+    bias: Tensor | None,
+    target: str,
+    *,
+    z: Tensor | None = None,
+    rest: bool = False,
+    dot_dtype: torch.dtype | None = None,
+) -> Launch:
+    """2 to 64 tokens. `dot_dtype`: type of the products, x's by default (Triton's interpreter cannot do bf16)."""
+    import triton.language as tl
+
+    m = x.shape[0]
+    chosen = dot_split(m, len(prepared.tiles), prepared.k)
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return Launch(
+        grid=(len(prepared.tiles), chosen.slices),
+        arguments={**_arguments(x, prepared, out, bias, z, chosen), "M": m, "stride_x": x.stride(0)},
+        constants={
+            **_constants(m, prepared, bias, rest, chosen),
+            "DOT": types[dot_dtype or x.dtype],
+            "BLOCK_M": 16 if m <= 16 else 32 if m <= 32 else 64,
+            "BLOCK_K": 128 if m <= 32 else 64,
+            "BLOCK_N": TILE,
+            "BLOCK_R": 16 if prepared.rank <= 16 else 32,
+        },
+    )
+
+
+def plan_reduce(partial: Tensor, bias: Tensor | None, y: Tensor, slices: int) -> Launch:
+    """y = the sum of `partial[slices, M, N]` in order, plus the bias."""
+    m, n = y.shape
+    return Launch(
+        grid=(-(-n // REDUCE_COLUMNS), m),
+        arguments={"partial": partial, "bias": y if bias is None else bias, "y": y, "M": m, "N": n},
+        constants={"BIAS": bias is not None, "SLICES": slices, "BLOCK_N": REDUCE_COLUMNS},
+        num_warps=2,
+    )
+
+
+def _arguments(
+    x: Tensor, prepared: Prepared, out: Tensor, bias: Tensor | None, z: Tensor | None, chosen: Split
+) -> dict[str, Any]:
+    """What `gemv` and `dot` share. Absent tensors are stood in for by present ones; the constants turn them off."""
+    return {
+        "x": x,
+        "weight": prepared.weight,
+        "thresholds": prepared.thresholds,
+        "norms": prepared.thresholds if prepared.norms is None else prepared.norms,
+        "z": prepared.thresholds if z is None or not prepared.rank else z,
+        "tiles": prepared.tiles,
+        "bias": prepared.thresholds if bias is None else bias,
+        "out": out,
+        "N": prepared.n,
+        "K": prepared.k,
+        "RANK": prepared.rank,
+        "stride_w": prepared.weight.stride(0),
+        "slice_k": chosen.slice_k,
+    }
+
+
+def _constants(m: int, prepared: Prepared, bias: Tensor | None, rest: bool, chosen: Split) -> dict[str, Any]:
+    z_tiles = len(prepared.parts) * -(-prepared.rank // TILE)
+    return {
+        "PARTS": len(prepared.parts),
+        "NORMS": prepared.norms is not None,
+        "BIAS": bias is not None,
+        "REST": rest,
+        "PARTIAL": rest or chosen.slices > 1,
+        "Z_SLICES": split(m, z_tiles, prepared.k).slices if prepared.rank else 0,
+    }
+
+
+def _lanes(target: str) -> int:
+    return 64 if target.startswith("gfx9") else 32
