@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..eval.perplexity import decoder_returns
 from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.errors import InputError
 from ..serving.linear import CompressedLinear, check_linears
-from ..serving.skeleton import build_skeleton, context_length, find_blocks, logit_chunk, tensor_names, tied_names
+from ..serving.skeleton import build_skeleton, context_length, find_blocks, tensor_names, tied_names
+
+_LOGITS = 2**21  # logits that exist at once: 8 MB of fp32, where all of a 262k vocabulary's are 1 GB per 1024 tokens
 
 
 def batch_size(length: int) -> int:
@@ -53,6 +56,7 @@ class BlockWalker:
         _computed_buffers_to(self.model, device)
         self.prefix, self.blocks = find_blocks(self.model)
         self.n_blocks = len(self.blocks)
+        self._embedding, self._head = _vocabulary_modules(self.model)
         self._names = tensor_names(self.model, checkpoint.tensors)
         self.max_length = context_length(self.model.config)
         # Arguments of each block by input shape [B, T], and what each block returns besides the hidden states.
@@ -97,12 +101,12 @@ class BlockWalker:
         finally:
             _to_meta(block)
 
-    def _materialize(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+    def _materialize(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
         names = self._names
         state = {}
         for key in module.state_dict(keep_vars=True):
             full = f"{prefix}.{key}" if prefix else key
-            if skip is not None and full.startswith(skip):
+            if full.startswith(skip):
                 continue
             if full not in names:
                 continue  # tied to one that is read; build_skeleton has checked that nothing else is missing
@@ -114,15 +118,45 @@ class BlockWalker:
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
-        """Embeddings, final norm and head with weights, for the length of the `with`; tied weights are shared."""
-        self._materialize(self.model, "", skip=self.prefix + ".")
-        self.model.tie_weights()
+        """Everything but the blocks and the head with its weights, for the length of the `with`.
+
+        The embedding, often the largest tensor of all, reads the rows that are looked up and no others.
+        """
+        table, embedding = self._names[self._embedding + ".weight"], self.model.get_submodule(self._embedding)
+        meta, padding = embedding.weight, embedding.padding_idx
+
+        def look_up(ids: Tensor) -> Any:
+            rows, places = ids.unique(return_inverse=True)
+            found = [self.checkpoint.read(table, self.dtype, self.device, slice(row, row + 1)) for row in rows.tolist()]
+            embedding.weight = nn.Parameter(torch.cat(found), requires_grad=False)
+            return type(embedding).forward(embedding, places)
+
+        self._materialize(self.model, "", skip=(self.prefix + ".", self._embedding + ".", self._head + "."))
+        embedding.forward, embedding.padding_idx = look_up, None  # padding only matters to gradients
         try:
             yield
         finally:
+            del embedding.forward
+            embedding.weight, embedding.padding_idx = meta, padding
             for name, child in self.model.named_modules():
                 if not (name + ".").startswith(self.prefix + "."):
                     _to_meta(child, recurse=False)
+
+    @contextmanager
+    def _head_rows(self, rows: slice) -> Iterator[None]:
+        """The head with weights for the vocabulary's `rows` alone, for the length of the `with`."""
+        head = self.model.get_submodule(self._head)
+        meta = head.weight, head.bias
+        weight, bias = f"{self._head}.weight", f"{self._head}.bias"
+        table = self._names[self._embedding + ".weight" if weight in tied_names(self.model) else weight]
+        head.weight = nn.Parameter(self.checkpoint.read(table, self.dtype, self.device, rows), requires_grad=False)
+        if head.bias is not None:
+            stored = self.checkpoint.read(self._names[bias], self.dtype, self.device, rows)
+            head.bias = nn.Parameter(stored, requires_grad=False)
+        try:
+            yield
+        finally:
+            head.weight, head.bias = meta
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -151,7 +185,7 @@ class BlockWalker:
 
         with self._outside(), self._replaced_blocks(record):
             for batch in torch.stack(windows).split(batch_size(len(windows[0]))):
-                self.model(input_ids=batch.to(self.device), use_cache=False, **self._keep(slice(0, 1)))
+                self.model.get_decoder()(input_ids=batch.to(self.device), use_cache=False)
         return list(stream.split(batch_size(len(windows[0]))))
 
     @torch.no_grad()
@@ -162,44 +196,45 @@ class BlockWalker:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def losses(self, hidden: list[Tensor], windows: list[Tensor], chunk: int | None = None) -> list[Tensor]:
+    def losses(self, hidden: list[Tensor], windows: list[Tensor], logits: int = _LOGITS) -> list[Tensor]:
         """Next-token cross entropy `[T - 1]` (nats, fp32) per window, from the last block's outputs `hidden`.
 
-        The final norm, the head and any logit scaling run in the model's own code, `chunk` tokens at a time (default:
-        what `logit_chunk` says), so that a large vocabulary does not need a `[T, V]` tensor.
+        The final norm, the head and any scaling of logits run in the model's own code, a slice of the vocabulary at a
+        time, so that neither the head's weights nor more than `logits` logits of a window are ever held.
         """
-        chunk = chunk or logit_chunk(self.model.config)
-        losses = []
-        rows = [row[None] for x in hidden for row in x]
+        size = self.model.get_submodule(self._head).out_features
+        step = max(1, logits // len(windows[0]))
+        targets = torch.stack(windows).to(self.device)[:, 1:]
         with self._outside():
-            for x, window in zip(rows, windows, strict=True):
-                targets = window.to(self.device)[1:]
-                parts = []
-                for start in range(0, len(targets), chunk):
-                    stop = min(start + chunk, len(targets))
-                    logits = self._logits(x, window, slice(start, stop))
-                    parts.append(nn.functional.cross_entropy(logits.float(), targets[start:stop], reduction="none"))
-                losses.append(torch.cat(parts))
-        return losses
+            rows = (row[None] for x in hidden for row in x)
+            outputs = [self._decoded(x, window) for x, window in zip(rows, windows, strict=True)]
+        total = torch.full(targets.shape, -torch.inf, device=self.device)  # log of the summed exponentials so far
+        wanted = torch.zeros_like(total)  # the targets' logits
+        for start in range(0, size, step):
+            part = slice(start, min(start + step, size))
+            with self._head_rows(part):
+                for index, (output, window) in enumerate(zip(outputs, windows, strict=True)):
+                    scores = self._logits(output, window)[:-1]
+                    total[index] = total[index].logaddexp(scores.logsumexp(1))
+                    place = targets[index] - start
+                    here = (place >= 0) & (place < scores.shape[1])
+                    wanted[index, here] = scores[here, place[here]]
+        return list(total - wanted)
 
-    def _logits(self, x: Tensor, window: Tensor, keep: slice) -> Tensor:
-        """Logits `[tokens, V]` for positions `keep`, with `x` in place of the last block's output."""
+    def _decoded(self, x: Tensor, window: Tensor) -> Any:
+        """The decoder's own output object, final norm included, with `x` `[1, T, D]` as the last block's output."""
 
         def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return x if index == self.n_blocks - 1 else _split_hidden(args, kwargs)[0]
 
         with self._replaced_blocks(skip):
-            out = self.model(input_ids=window.to(self.device)[None], use_cache=False, **self._keep(keep))
-        logits: Tensor = out.logits[0]
-        return logits if len(logits) == keep.stop - keep.start else logits[keep]
+            return self.model.get_decoder()(input_ids=window.to(self.device)[None], use_cache=False)
 
-    def _keep(self, keep: slice) -> dict[str, Any]:
-        """`logits_to_keep` for models that can skip the other positions' logits."""
-        import inspect
-
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return {}
-        return {"logits_to_keep": torch.arange(keep.start, keep.stop, device=self.device)}
+    def _logits(self, output: Any, window: Tensor) -> Tensor:
+        """Logits `[T, V]`, fp32, for the head's rows, from the decoder's `output` for `window` `[T]`."""
+        with decoder_returns(self.model.get_decoder(), output):
+            logits: Tensor = self.model(input_ids=window.to(self.device)[None], use_cache=False).logits
+        return logits[0].float()
 
     @contextmanager
     def _replaced_blocks(self, stand_in: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
@@ -225,6 +260,15 @@ class BlockWalker:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def _vocabulary_modules(model: Any) -> tuple[str, str]:
+    """Dotted names of the input embedding and of the head; raises InputError when they are not a table and a linear."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise InputError(f"{type(model).__name__} has no embedding table or no linear head; it is not supported")
+    names = {module: name for name, module in model.named_modules()}
+    return names[embedding], names[head]
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -67,10 +67,14 @@ def add_gram(total: Tensor, rows: Tensor, tile: int = 128) -> None:
         total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
 
-def mirror_upper(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle is that of `upper`."""
-    result = torch.triu(upper)
-    result += torch.triu(upper, 1).T
+def mirror_upper(upper: Tensor, tile: int = 128) -> Tensor:
+    """The symmetric matrix whose upper triangle is that of `upper`; holds no other matrix of its size meanwhile."""
+    result = upper.clone()
+    for start in range(0, len(upper), tile):
+        stop = start + tile
+        corner = upper[start:stop, start:stop]
+        result[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+        result[stop:, start:stop] = upper[start:stop, stop:].T
     return result
 
 

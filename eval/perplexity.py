@@ -56,10 +56,10 @@ def window_losses(model: Any, window: Tensor) -> Tensor:
     """
     chunk = logit_chunk(model.config)
     ids = window.to(model.device)[None]
-    decoder = model.base_model
+    decoder = model.get_decoder()
     output = decoder(input_ids=ids, use_cache=False)
     losses = []
-    with _decoder_returns(decoder, output):
+    with decoder_returns(decoder, output):
         for start in range(0, len(window) - 1, chunk):
             keep = torch.arange(start, min(start + chunk, len(window) - 1), device=ids.device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
@@ -68,7 +68,7 @@ def window_losses(model: Any, window: Tensor) -> Tensor:
 
 
 @contextmanager
-def _decoder_returns(decoder: Any, output: Any) -> Any:
+def decoder_returns(decoder: Any, output: Any) -> Any:
     """Within the `with`, calling `decoder` gives `output`: the model's own head code then runs on cached states."""
     decoder.forward = lambda *args, **kwargs: output
     try:

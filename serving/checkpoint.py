@@ -149,14 +149,26 @@ class Checkpoint:
         except KeyError:
             raise InputError(f"{self.path}: tensor {name} is missing from the checkpoint") from None
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """Tensor `name` in its own dtype, or cast to `dtype`. Needs the result's memory plus one small piece."""
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        rows: slice | None = None,
+    ) -> Tensor:
+        """Tensor `name`, or some of its `rows` (`slice(start, stop)`), in its own dtype or cast to `dtype`.
+
+        Needs the result's memory plus one small piece.
+        """
         info = self.info(name)
-        out = torch.empty(prod(info.shape), dtype=dtype or info.dtype, device=device)
+        shape, skipped = info.shape, 0
+        if rows is not None:
+            shape, skipped = (rows.stop - rows.start, *shape[1:]), rows.start * prod(shape[1:]) * info.dtype.itemsize
+        out = torch.empty(prod(shape), dtype=dtype or info.dtype, device=device)
         step = max(1, _PIECE // info.dtype.itemsize)
         try:
             with info.file.open("rb") as stream:
-                stream.seek(info.start)
+                stream.seek(info.start + skipped)
                 for begin in range(0, out.numel(), step):
                     piece = torch.empty(min(step, out.numel() - begin), dtype=info.dtype)
                     buffer = piece.view(torch.uint8).numpy().data
@@ -165,7 +177,7 @@ class Checkpoint:
                     out[begin : begin + len(piece)] = piece
         except OSError as error:
             raise InputError(f"{info.file}: cannot read tensor {name} ({error.strerror})") from None
-        return out.view(info.shape)
+        return out.view(shape)
 
 
 def read_json(file: Path) -> dict[str, Any]:

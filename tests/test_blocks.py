@@ -23,7 +23,7 @@ def test_replaying_blocks_equals_the_plain_forward_pass(architecture: str, make_
     for index in range(walker.n_blocks):
         with walker.block(index) as block:
             hidden = [walker.run(index, block, x) for x in hidden]
-    losses = walker.losses(hidden, windows, chunk=7)
+    losses = walker.losses(hidden, windows, logits=7 * 24)
 
     model = halfweight.load(folder, dtype="float32")
     for window, loss in zip(windows, losses, strict=True):

@@ -11,36 +11,36 @@ class HessianError(ValueError):
 
 
 def revive_dead_inputs(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of `weight` `[N, K]` and `hessian` `[K, K]` in which inputs that were always zero are harmless.
+    """A copy of `weight` `[N, K]`, and `hessian` `[K, K]`, in which inputs that were always zero are harmless.
 
-    Their Hessian diagonal becomes the mean, their weights zero (they contribute nothing, so the pattern should drop
-    them first). Also returns the bool mask `[K]` of those inputs.
+    Their Hessian diagonal becomes the mean (in place: the caller's `hessian` is the one returned), their weights zero
+    (they contribute nothing, so the pattern should drop them first). Also returns the bool mask `[K]` of those inputs.
     """
-    hessian, weight = hessian.clone(), weight.clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     if bool(dead.any()):
-        mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones(())
-        diagonal[dead] = mean
-        weight[:, dead] = 0
-    return weight, hessian, dead
+        diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones(())
+    return weight.masked_fill(dead, 0.0), hessian, dead
 
 
 def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of `hessian + lambda * mean(diag) * I` and the lambda that worked.
 
-    Starts at `damping` and multiplies by ten, at most four times; raises HessianError after that.
+    Starts at `damping` and multiplies by ten, at most four times; raises HessianError after that. The damping is added
+    in place and taken back, because at a large K one more copy is what a run's peak memory is made of.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise HessianError("the Hessian has non-finite entries; try --dtype float32 or other calibration text")
-    mean = hessian.diagonal().mean()
-    for attempt in range(5):
-        level = damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(level * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(factor).all()):
-            return factor, level
+    diagonal = hessian.diagonal().clone()
+    try:
+        for attempt in range(5):
+            level = damping * 10**attempt
+            hessian.diagonal().copy_(diagonal + level * diagonal.mean())
+            factor, info = torch.linalg.cholesky_ex(hessian)
+            if int(info) == 0 and bool(torch.isfinite(factor).all()):
+                return factor, level
+    finally:
+        hessian.diagonal().copy_(diagonal)
     raise HessianError(
         f"the Hessian is not positive definite even with damping {level:g}; use more calibration samples or"
         " raise damping"
@@ -48,9 +48,16 @@ def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def inverse_upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper-triangular U with `U^T U = (damped hessian)^-1`, as SparseGPT and GPTQ use it, and the damping."""
-    # With the columns reversed, H = L L^T becomes H = R R^T with R upper triangular, and U is its inverse: one
+    """Upper-triangular U with `U^T U = (damped hessian)^-1`, as SparseGPT and GPTQ use it, and the damping.
+
+    Overwrites `hessian` `[K, K]`: besides it, one more matrix of its size exists at a time.
+    """
+    # With rows and columns reversed, H = L L^T becomes H = R R^T with R upper triangular, and U is R's inverse: one
     # factorization, no explicit inverse that rounding could make indefinite.
-    factor, level = damped_cholesky(hessian.flip(0, 1), damping)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True), level
+    hessian.copy_(hessian.flip(0, 1))
+    factor, level = damped_cholesky(hessian, damping)
+    inverse = hessian.zero_()
+    inverse.diagonal().fill_(1.0)
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    return inverse.flip(0, 1), level

@@ -23,7 +23,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: SparseGPTConfig) 
     """
     weight, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
     upper, damping = inverse_upper_factor(hessian, config.damping)
-    del hessian  # for large K the memory matters
+    del hessian
     scale = upper.diagonal()
     # Columns are rows here, so that each step of the sweep works on contiguous memory.
     columns = weight.T.contiguous()
