@@ -45,7 +45,7 @@ def recipes(
         RecipeRow(
             name=recipe.name,
             description=recipe.description,
-            stages=[f"{stage.name} {stage.scheme().pattern}" for stage in recipe.stages],
+            stages=[f"{stage.name} {stage.structure}" for stage in recipe.stages],
         )
         for recipe in loaded
     ]

@@ -65,7 +65,8 @@ def compress_checkpoint(
     checkpoint = open_dense(source.path)
     where = resolve_device(device)
     walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
-    stages = recipe.resolve(walker.linear_shapes())
+    shapes = walker.linear_shapes()
+    stages = recipe.resolve(shapes)
     partial = writer.prepare(out, overwrite)
     writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
     tokenizer = load_tokenizer(source.path)
@@ -78,7 +79,7 @@ def compress_checkpoint(
     run = _Run(walker, stages, windows, journal, progress)
     resumed = run.all_blocks()
 
-    scheme = ArtifactConfig(linears={name: stage.scheme() for name, stage in stages.items()})
+    scheme = ArtifactConfig(linears={name: stage.scheme(shapes[name]) for name, stage in stages.items()})
     _assemble(partial, walker, scheme, recipe)
     release_memory()
     progress(Progress("verify", 0, 1))
@@ -170,8 +171,9 @@ class _Run:
                 self._restore(part, linears)
                 self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
             else:
-                layers = self._solve(index, block, linears)
-                writer.write_part(self.journal.folder / part, self._packed(linears))
+                layers, packed = self._solve(index, block, linears)
+                writer.write_part(self.journal.folder / part, packed)
+                del packed
                 self.journal.record(part, layers=[layer.model_dump() for layer in layers])
                 self.layers += layers
             self._propagate(index, block, self.hidden)
@@ -184,10 +186,15 @@ class _Run:
         for x in stream:
             x.copy_(self.walker.run(index, block, x))
 
-    def _solve(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[LayerReport]:
-        """Collect statistics of the compressed stream, then solve and replace every linear of the block."""
+    def _solve(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
+    ) -> tuple[list[LayerReport], dict[str, Tensor]]:
+        """Collect statistics of the compressed stream, then solve and replace every linear of the block.
+
+        Also returns what the checkpoint will store for them, by full tensor name.
+        """
         if not linears:
-            return []
+            return [], {}
         walker = self.walker
         hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in linears)
 
@@ -198,52 +205,54 @@ class _Run:
         statistics = collect(linears, hessian, forward, self.hidden)
         held_out = keep_inputs(linears, forward, self.dev[0])
         release_memory()  # the solvers need other sizes than the forward passes left behind
-        layers = []
+        layers: list[LayerReport] = []
+        packed: dict[str, Tensor] = {}
         for name, linear in linears.items():
-            layers.append(self._solve_linear(name, linear, statistics.get(name), held_out.get(name)))
-            done = f"{name.removeprefix(walker.block_prefix(index) + '.')} error {layers[-1].error:.4f}"
+            layer, tensors = self._solve_linear(name, linear, statistics.get(name), held_out.get(name))
+            layers.append(layer)
+            packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+            done = f"{name.removeprefix(walker.block_prefix(index) + '.')} {describe_errors(layer)}"
             self.progress(Progress("blocks", index, walker.n_blocks, f"{walker.block_prefix(index)} {done}"))
-        return layers
+        return layers, packed
 
     def _solve_linear(
         self, name: str, linear: nn.Linear, statistics: InputStatistics | None, held_out: Tensor | None
-    ) -> LayerReport:
+    ) -> tuple[LayerReport, dict[str, Tensor]]:
+        """Solve one linear and give it the weights that its stored tensors, also returned, stand for."""
         stage = self.stages[name]
         if statistics is None or held_out is None:
             raise RunError(f"{name}: received no calibration tokens; ignore it in the recipe or use more samples")
         statistics.require_usable(name)
         weight = linear.weight.float()
+        if not bool(torch.isfinite(weight).all()):
+            raise RunError(f"{name}: its weights are not finite; check the checkpoint for damage")
         try:
             result = PASSES[stage.name].solve(weight, statistics, stage)
         except HessianError as unusable:
             raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
         stored = self.tensors[f"{name}.weight"].dtype
-        rounded = result.weight.to(stored).to(linear.weight.dtype)
+        shape = (weight.shape[0], weight.shape[1])
+        scheme = stage.scheme(shape)
+        rounded = result.weight if result.quantized is not None else result.weight.to(stored)
         if not bool(torch.isfinite(rounded).all()):
             raise RunError(
                 f"{name}: compressed weights are not finite in {stored}; raise damping, or keep the layer dense"
             )
+        packed = pack_weight(rounded, scheme, result.quantized, result.mask)
+        rounded = dense_weight(scheme, packed, shape, linear.weight.dtype)
         error = relative_error(held_out.float(), weight, rounded.float())
         linear.weight = nn.Parameter(rounded, requires_grad=False)
-        scheme = stage.scheme()
-        return LayerReport(
+        layer = LayerReport(
             name=name,
-            shape=(weight.shape[0], weight.shape[1]),
+            shape=shape,
             method=stage.name,
             pattern=scheme.pattern,
+            numbers=scheme.numbers,
             density=float(result.mask.float().mean()),
             error=error,
             stats=result.stats,
         )
-
-    def _packed(self, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-        """What the checkpoint will store for the weights of solved `linears`, by full tensor name."""
-        tensors: dict[str, Tensor] = {}
-        for name, linear in linears.items():
-            weight = linear.weight.to(self.tensors[f"{name}.weight"].dtype)
-            packed = pack_weight(weight, self.stages[name].scheme())
-            tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
-        return tensors
+        return layer, packed
 
     def _restore(self, part: str, linears: dict[str, nn.Linear]) -> None:
         """Put the weights of a finished part into the dense block's linears."""
@@ -251,7 +260,7 @@ class _Run:
         for name, linear in linears.items():
             suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
             shape = (linear.out_features, linear.in_features)
-            weight = dense_weight(self.stages[name].scheme(), suffixes, shape, linear.weight.dtype)
+            weight = dense_weight(self.stages[name].scheme(shape), suffixes, shape, linear.weight.dtype)
             linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
@@ -276,6 +285,15 @@ class _Run:
             )
         losses = [loss.cpu() for loss in reloaded.losses(stream, self.windows.dev)]
         return Verification(relative_difference=difference, tolerance=tolerance), losses
+
+
+def describe_errors(layer: LayerReport) -> str:
+    """A solved layer's output errors, for a progress line."""
+    text = f"error {layer.error:.4f}"
+    pruned = layer.stats.get("error_pruned")
+    if pruned is None:
+        return text
+    return f"{text} (on calibration inputs {pruned:.4f} pruned, {layer.stats['error']:.4f} as {layer.numbers})"
 
 
 def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:

@@ -85,14 +85,14 @@ def plan(
     for name, shape in shapes.items():
         stored = tensors[f"{name}.weight"].dtype
         before = 8.0 * stored.itemsize
-        after = stored_bits(stages[name].scheme(), shape, stored) / prod(shape) if name in stages else before
+        after = stored_bits(stages[name].scheme(shape), shape, stored) / prod(shape) if name in stages else before
         linear_bits += after * prod(shape)
         layers.append(
             PlannedLayer(
                 name=name,
                 shape=shape,
                 method=stages[name].name if name in stages else "-",
-                pattern=stages[name].scheme().pattern if name in stages else "dense",
+                pattern=stages[name].structure if name in stages else "dense",
                 bits_before=before,
                 bits_after=after,
             )
@@ -176,7 +176,7 @@ def _seconds(
         stage, k = stages[first], shapes[first][1]
         if PASSES[stage.name].needs == "hessian":
             operations += tokens * k * k * 1.3
-            rounds = getattr(stage, "iterations", 0) + getattr(stage, "refine", 0) or 1
+            rounds = sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents")) or 1
             operations += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
     return operations / (_matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE)
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..serving.errors import InputError, did_you_mean
 from ..serving.scheme import FUSED, LinearScheme, parse_nm
+from ..serving.storage import tensor_specs
+from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
 
 # A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
@@ -108,8 +110,8 @@ class Recipe(BaseModel):
     def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
         """Which stage applies to which linear of a model with `shapes` (name -> `(N, K)`).
 
-        Raises InputError when a stage matches nothing, two stages prune one linear, a pattern does not divide an input
-        size, or linears that servers fuse (q/k/v, gate/up) end up with different schemes.
+        Raises InputError when a stage matches nothing, two stages work on one linear, a pattern does not divide an
+        input size or cannot be stored, or linears that servers fuse (q/k/v, gate/up) end up with different schemes.
         """
         chosen: dict[str, StageConfig] = {}
         owner: dict[str, int] = {}
@@ -125,16 +127,10 @@ class Recipe(BaseModel):
             for name in matched:
                 if name in chosen:
                     raise InputError(
-                        f"{where}: {name} is already pruned by stages[{owner[name]}]; narrow targets or ignore it"
+                        f"{where}: {name} is already compressed by stages[{owner[name]}]; narrow targets or ignore it"
                     )
-                nm = parse_nm(stage.scheme().pattern)
-                if nm is not None and shapes[name][1] % nm[1]:
-                    raise InputError(
-                        f"{where}.pattern: {stage.scheme().pattern} needs an input size divisible by {nm[1]}, but"
-                        f" {name} has {shapes[name][1]}; ignore it or choose another pattern"
-                    )
-                chosen[name], owner[name] = stage, number
-        _check_fused(self.name, {name: stage.scheme() for name, stage in chosen.items()}, shapes)
+                chosen[name], owner[name] = _for_linear(stage, name, shapes[name], where), number
+        _check_fused(self.name, {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}, shapes)
         return chosen
 
 
@@ -184,13 +180,37 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return False
 
 
+def _for_linear(stage: StageConfig, name: str, shape: tuple[int, int], where: str) -> StageConfig:
+    """`stage` with what depends on the linear filled in; raises InputError when it cannot work on it."""
+    try:
+        stage = stage.for_linear(name, shape)
+        scheme = stage.scheme(shape)
+    except ValueError as error:
+        raise InputError(f"{where}: {name}: {error}; ignore it or change the stage") from None
+    nm = parse_nm(scheme.pattern)
+    if nm is not None and shape[1] % nm[1]:
+        raise InputError(
+            f"{where}.pattern: {scheme.pattern} needs an input size divisible by {nm[1]}, but {name} has {shape[1]};"
+            " ignore it or choose another pattern"
+        )
+    try:
+        tensor_specs(scheme, shape)
+    except FormatError as error:
+        raise InputError(f"{where}: {name}: {error}; ignore it or change the stage") from None
+    return stage
+
+
 def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Iterable[str]) -> None:
     siblings: dict[tuple[str, tuple[str, ...]], set[LinearScheme | None]] = {}
     for name in shapes:
         parent, _, tail = name.rpartition(".")
         for group in FUSED:
             if tail in group:
-                siblings.setdefault((parent, group), set()).add(schemes.get(name))
+                scheme = schemes.get(name)
+                if scheme is not None and scheme.balance == "layer":
+                    # How many groups a whole layer keeps grows with its rows; the fused one keeps their sum.
+                    scheme = scheme.model_copy(update={"kept": None, "density": 1.0})
+                siblings.setdefault((parent, group), set()).add(scheme)
     for (parent, group), found in siblings.items():
         if len(found) > 1:
             raise InputError(

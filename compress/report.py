@@ -26,13 +26,15 @@ def silent(progress: Progress) -> None:
 
 
 class LayerReport(BaseModel):
-    """One compressed linear `[N, K]`. `error` is ||x (W' - W)^T||^2 / ||x W^T||^2 on held-out inputs x of the
-    compressed model; `stats` are the solver's own numbers, such as the damping it needed."""
+    """One compressed linear `[N, K]`. `numbers` says how its weights are stored; `error` is
+    ||x (W' - W)^T||^2 / ||x W^T||^2 on held-out inputs x of the compressed model. `stats` are the solver's own numbers,
+    such as the damping it needed, or the same error on the calibration inputs at its steps (`error_...`)."""
 
     name: str
     shape: tuple[int, int]
     method: str
     pattern: str
+    numbers: str
     density: float
     error: float
     stats: dict[str, float]

@@ -7,8 +7,14 @@ from typing import Any
 from .admm.config import ADMMConfig
 from .admm.solver import solve as _admm
 from .base import Pass, PruneResult, PruningConfig, StageConfig
+from .gptq.config import GPTQConfig
+from .gptq.solver import solve as _gptq
+from .gqsa.config import GQSAConfig
+from .gqsa.solver import solve as _gqsa
 from .magnitude.config import MagnitudeConfig
 from .magnitude.solver import solve as _magnitude
+from .rtn.config import RTNConfig
+from .rtn.solver import solve as _rtn
 from .sparsegpt.config import SparseGPTConfig
 from .sparsegpt.solver import solve as _sparsegpt
 from .wanda.config import WandaConfig
@@ -19,15 +25,21 @@ PASSES: dict[str, Pass[Any]] = {
     "wanda": Pass(WandaConfig, "norms", _wanda, "smallest |weight| * input norm goes; no weight update"),
     "sparsegpt": Pass(SparseGPTConfig, "hessian", _sparsegpt, "optimal brain surgeon, column block by column block"),
     "admm": Pass(ADMMConfig, "hessian", _admm, "least squares under a gradually tightening mask"),
+    "rtn": Pass(RTNConfig, "nothing", _rtn, "integers by rounding to nearest; needs no data"),
+    "gptq": Pass(GPTQConfig, "hessian", _gptq, "integers column by column, errors fed forward, then descent"),
+    "gqsa": Pass(GQSAConfig, "hessian", _gqsa, "groups or N:M, pruned and quantized in one sweep"),
 }
 
 __all__ = [
     "PASSES",
     "ADMMConfig",
+    "GPTQConfig",
+    "GQSAConfig",
     "MagnitudeConfig",
     "Pass",
     "PruneResult",
     "PruningConfig",
+    "RTNConfig",
     "SparseGPTConfig",
     "StageConfig",
     "WandaConfig",

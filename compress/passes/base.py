@@ -10,7 +10,8 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ...serving.scheme import LinearScheme, Pattern, parse_nm
+from ...serving.scheme import IntegerScheme, LinearScheme, Pattern, parse_nm
+from ...triton_kernels.formats.integers import Quantized
 from ..statistics import InputStatistics
 
 
@@ -42,9 +43,55 @@ class StageConfig(BaseModel):
         """Registered name of the pass."""
         return str(getattr(self, "pass_"))  # noqa: B009 - the field is declared by each pass, as a literal
 
-    def scheme(self) -> LinearScheme:
-        """What the stage leaves behind in each linear it applies to."""
+    @property
+    def structure(self) -> str:
+        """Pattern of the weights it leaves, for tables."""
         raise NotImplementedError
+
+    def for_linear(self, name: str, shape: tuple[int, int]) -> StageConfig:
+        """The stage with what depends on one linear `name` of `shape` `(N, K)` filled in; ValueError if impossible."""
+        return self
+
+    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
+        """What the stage leaves behind in a linear of `shape` `(N, K)`; its config comes from `for_linear`."""
+        raise NotImplementedError
+
+
+class IntegerSettings(BaseModel):
+    """Settings every quantizing pass shares.
+
+    Weights get `bits` each (3 and 2 are for study: they are stored in 4), with one fp16 scale, and unless `symmetric`
+    one integer zero point, per group of `group_size` inputs of a row. `candidates` ranges per group are tried, weighed
+    by what the pass knows about the inputs; 1 takes the group's extremes.
+    """
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(default=64, ge=2, multiple_of=2)
+    symmetric: bool = False
+    candidates: int = Field(default=20, ge=1, le=1000)
+
+    @property
+    def numbers(self) -> str:
+        """The numbers in words, for tables: `int4 g64`."""
+        return f"int{self.bits} g{self.group_size}{' sym' if self.symmetric else ''}"
+
+    def integers(self) -> IntegerScheme:
+        """How the codes are stored."""
+        return IntegerScheme(bits=8 if self.bits == 8 else 4, group_size=self.group_size, symmetric=self.symmetric)
+
+
+class SweepSettings(IntegerSettings):
+    """Settings of the passes that feed rounding errors forward.
+
+    The sweep visits columns in blocks of `block_size`, the largest activations first with `activation_order` (whole
+    groups, then inside a group); `damping` is the fraction of the Hessian's mean diagonal added to its diagonal;
+    `descents` rounds of coordinate descent follow.
+    """
+
+    block_size: int = Field(default=128, ge=1)
+    activation_order: bool = True
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    descents: int = Field(default=3, ge=0, le=1000)
 
 
 class PruningConfig(StageConfig):
@@ -60,15 +107,15 @@ class PruningConfig(StageConfig):
 
     @model_validator(mode="after")
     def _density_fits(self) -> PruningConfig:
-        if self.pattern == "unstructured" and self.density is None:
-            raise ValueError("pattern unstructured needs a density, such as 0.5")
-        if self.pattern != "unstructured" and (self.density is not None or self.scope != "row"):
+        if self.nm is None and self.density is None:
+            raise ValueError(f"pattern {self.pattern} needs a density, such as 0.5")
+        if self.nm is not None and (self.density is not None or self.scope != "row"):
             raise ValueError(f"pattern {self.pattern} fixes density and scope; remove them")
         return self
 
     @property
     def nm(self) -> tuple[int, int] | None:
-        """`(N, M)`, or None for unstructured."""
+        """`(N, M)`, or None for other patterns."""
         return parse_nm(self.pattern)
 
     @property
@@ -79,20 +126,29 @@ class PruningConfig(StageConfig):
         assert self.density is not None
         return self.density
 
-    def scheme(self) -> LinearScheme:
+    @property
+    def structure(self) -> str:
+        return self.pattern
+
+    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
         return LinearScheme(pattern=self.pattern, density=self.kept)
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """`weight` `[N, K]` fp32, exactly zero off `mask` `[N, K]` (bool, True is kept); `stats` for the report."""
+    """What a solver leaves.
+
+    `weight` `[N, K]` fp32, exactly zero off `mask` `[N, K]` (bool, True is kept); `stats` for the report. With
+    `quantized`, `weight` is exactly what its codes, scales and zeros stand for.
+    """
 
     weight: Tensor
     mask: Tensor
     stats: dict[str, float] = field(default_factory=dict)
+    quantized: Quantized | None = None
 
 
-ConfigT = TypeVar("ConfigT", bound=PruningConfig)
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
 Needs = Literal["nothing", "norms", "hessian"]
 
 

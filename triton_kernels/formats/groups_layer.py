@@ -70,7 +70,7 @@ def dequantize(packed: LayerGroups, columns: int, *, dtype: torch.dtype = torch.
     entries, _ = unpack(packed)
     group_size = entries.codes.shape[-1]
     values = groups.entry_values(entries, dtype)
-    rows = entry_rows(packed.row_start)
+    rows = entry_rows(packed.row_start, len(packed.scales))
     dense = values.new_zeros((len(packed.row_start) - 1, groups.count_groups(columns, group_size), group_size))
     dense[rows, entries.numbers] = values
     return dense.flatten(-2)[:, :columns].contiguous()
@@ -86,13 +86,13 @@ def validate(packed: LayerGroups, shape: tuple[int, ...], *, group_size: int, ke
     check_none("row_start", "below the one before", packed.row_start[1:] < packed.row_start[:-1])
     numbers, total = groups.index_numbers(packed.index), groups.count_groups(shape[-1], group_size)
     check_none("index", f"a group number past {total - 1}", numbers >= total)
-    rows = entry_rows(packed.row_start)
+    rows = entry_rows(packed.row_start, len(packed.scales))
     check_none("index", "out of ascending order", (rows[1:] == rows[:-1]) & (numbers[1:] <= numbers[:-1]))
     if shape[-1] % group_size:
         groups.check_padding(packed.entries, numbers == total - 1, shape[-1] % group_size)
 
 
-def entry_rows(row_start: Tensor) -> Tensor:
-    """int64 `[T]`: the row that owns each entry."""
+def entry_rows(row_start: Tensor, total: int) -> Tensor:
+    """int64 `[T]`: the row that owns each of the `total` = T entries."""
     counts = (row_start[1:] - row_start[:-1]).long()
-    return torch.arange(len(counts), device=row_start.device).repeat_interleave(counts)
+    return torch.arange(len(counts), device=row_start.device).repeat_interleave(counts, output_size=total)

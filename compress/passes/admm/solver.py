@@ -11,6 +11,8 @@ that the weights have adapted before the last ones go.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ...statistics import InputStatistics
 from ..base import PruneResult
 from ..hessian import damped_cholesky, revive_dead_inputs
 from ..masks import pattern_mask
-from .config import ADMMConfig
+from .config import ADMMConfig, ADMMSettings
 
 
 def solve(weight: Tensor, statistics: InputStatistics, config: ADMMConfig) -> PruneResult:
@@ -27,34 +29,52 @@ def solve(weight: Tensor, statistics: InputStatistics, config: ADMMConfig) -> Pr
     Raises HessianError when no damping makes the Hessian positive definite.
     """
     weight, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
+    pruned, mask, damping = least_squares(
+        weight, hessian, config, lambda score, step: gradual_mask(score, config, step)
+    )
+    return PruneResult(pruned, mask, {"damping": damping})
+
+
+def least_squares(
+    weight: Tensor, hessian: Tensor, settings: ADMMSettings, choose: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Weights `[N, K]` exactly zero off their mask, the mask, and the damping used.
+
+    `weight` `[N, K]`; `hessian` `[K, K]` has a positive diagonal. `choose(score [N, K] >= 0, step from 1)` is the mask
+    to keep at a step; it must reach the target pattern by the last.
+    """
     norm = hessian.diagonal().sqrt()
     target = weight * norm
     hessian = hessian / norm / norm[:, None]
-    hessian.diagonal().add_(config.damping)
+    hessian.diagonal().add_(settings.damping)
     shifted = hessian.clone()
-    shifted.diagonal().add_(config.penalty)
+    shifted.diagonal().add_(settings.penalty)
     factor, damping = damped_cholesky(shifted, 1e-6)
     inverse = torch.cholesky_inverse(factor)
     pull = target @ hessian
 
     solution, dual = target, torch.zeros_like(target)
     mask = torch.ones_like(target, dtype=torch.bool)
-    for step in range(1, config.iterations + 1):
+    for step in range(1, settings.iterations + 1):
         proposal = solution + dual
-        mask = gradual_mask(proposal.abs(), config, step)
+        mask = choose(proposal.abs(), step)
         sparse = proposal * mask
         dual = proposal - sparse
-        solution = (pull + config.penalty * (sparse - dual)) @ inverse
-    refined = conjugate_gradient(solution * mask, target, hessian, mask, config.refine)
-    return PruneResult((refined / norm).masked_fill(~mask, 0.0), mask, {"damping": config.damping + damping})
+        solution = (pull + settings.penalty * (sparse - dual)) @ inverse
+    refined = conjugate_gradient(solution * mask, target, hessian, mask, settings.refine)
+    return (refined / norm).masked_fill(~mask, 0.0), mask, settings.damping + damping
 
 
 def gradual_mask(score: Tensor, config: ADMMConfig, step: int) -> Tensor:
     """Mask `[N, K]` at `step` (from 1): the target pattern plus the best of the rest, down to it at `config.ramp`."""
-    pattern = pattern_mask(score, config)
-    if step >= config.ramp:
+    return tighten(score, pattern_mask(score, config), config, step)
+
+
+def tighten(score: Tensor, pattern: Tensor, settings: ADMMSettings, step: int) -> Tensor:
+    """`pattern` (bool, like `score`) plus as many of the best other scores as the schedule still allows at `step`."""
+    if step >= settings.ramp:
         return pattern
-    kept = 1 - (1 - config.kept) * (1 - (1 - step / config.ramp) ** 3)
+    kept = 1 - (1 - settings.kept) * (1 - (1 - step / settings.ramp) ** 3)
     extra = round(kept * score.numel()) - int(pattern.sum())
     if extra <= 0:
         return pattern

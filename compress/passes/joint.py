@@ -1,0 +1,70 @@
+"""What GPTQ and GQSA share: the sweep in its order, then coordinate descent, then the result as the formats take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .base import PruneResult, SweepSettings
+from .descent import descend
+from .hessian import inverse_upper_factor
+from .quantization import CodeRange, Grid, as_quantized, grid_values
+from .sweep import Choose, Span, group_order, sweep
+
+# From the factor of the inverse Hessian and the order it is in, a choice of masks for the sweep.
+MakeChoose: TypeAlias = Callable[[Tensor, Tensor, list[Span]], Choose]
+
+
+def sweep_and_descend(
+    target: Tensor,
+    start: Tensor,
+    hessian: Tensor,
+    settings: SweepSettings,
+    *,
+    inside_order: bool = True,
+    choose: MakeChoose | None = None,
+) -> PruneResult:
+    """Codes whose outputs come closest to those of `target` `[N, K]`, found by a sweep over `start` `[N, K]` (fp32).
+
+    `start` is `target`, or its least-squares approximation under the mask that `choose` will return. `hessian` `[K, K]`
+    has a positive diagonal. Without `inside_order` the columns of a group stay in place. Raises HessianError.
+    """
+    allowed = CodeRange.of(settings.bits, settings.symmetric)
+    order, spans = group_order(hessian.diagonal(), settings.group_size, settings.activation_order, inside_order)
+    upper, damping = inverse_upper_factor(hessian[order][:, order], settings.damping)
+    swept = sweep(
+        start,
+        upper,
+        order,
+        spans,
+        codes=allowed,
+        candidates=settings.candidates,
+        block_size=settings.block_size,
+        choose=None if choose is None else choose(upper, order, spans),
+    )
+    del upper  # for large K the memory matters
+    hessian = hessian.clone()
+    wanted = _power(target, hessian)
+    stats = {"damping": damping, "error_swept": _power(target - swept.weight, hessian) / wanted if wanted else 0.0}
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    codes, grid = descend(
+        target,
+        hessian,
+        swept.codes,
+        swept.grid,
+        None if choose is None else swept.mask,
+        allowed=allowed,
+        group_size=settings.group_size,
+        rounds=settings.descents,
+    )
+    spread = torch.arange(target.shape[1], device=target.device) // settings.group_size
+    weight = grid_values(codes, Grid(grid.scales[:, spread], grid.zeros[:, spread]))
+    return PruneResult(weight, swept.mask, stats, as_quantized(codes, grid, allowed))
+
+
+def _power(weight: Tensor, hessian: Tensor) -> float:
+    """Mean squared output of `weight` `[N, K]`, summed over rows."""
+    return float(((weight @ hessian) * weight).sum())

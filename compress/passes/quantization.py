@@ -1,0 +1,140 @@
+"""Integer grids: which scale and zero point each group of weights gets, and rounding to them.
+
+A group's grid is `scale * (code - zero)` with an fp16 scale, exactly as it is stored, and an integer zero point, so
+that 0 is a point of every grid and a pruned weight stays exactly zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...triton_kernels.formats.integers import Quantized
+
+# The search narrows a group's range from min-max to this fraction of it.
+_NARROWEST = 0.4
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The codes a grid may use, `low` to `high`; `zero` is the zero point of symmetric grids, None for asymmetric.
+
+    3-bit and 2-bit codes are stored in 4 bits: symmetric ones around the stored zero point, 8.
+    """
+
+    low: int
+    high: int
+    zero: int | None
+
+    @classmethod
+    def of(cls, bits: int, symmetric: bool) -> CodeRange:
+        """Range of `bits`-bit codes (2, 3, 4 or 8)."""
+        if not symmetric:
+            return cls(0, 2**bits - 1, None)
+        zero = 8 if bits <= 4 else 128
+        return cls(zero - 2 ** (bits - 1), zero + 2 ** (bits - 1) - 1, zero)
+
+
+class Grid(NamedTuple):
+    """`scales` fp32 (fp16 numbers, >= 0) and `zeros` fp32 (whole numbers) of groups, both `[...]`."""
+
+    scales: Tensor
+    zeros: Tensor
+
+
+def round_to_grid(weight: Tensor, grid: Grid, codes: CodeRange) -> Tensor:
+    """Nearest codes, fp32 whole numbers, of `weight`; `grid` must broadcast against it. A zero scale gives the zero."""
+    inverse = torch.where(grid.scales > 0, 1 / grid.scales, 0.0)
+    return (weight * inverse + grid.zeros).round_().clamp_(codes.low, codes.high)
+
+
+def grid_values(codes: Tensor, grid: Grid) -> Tensor:
+    """Exact fp32 values of `codes`; `grid` must broadcast against them."""
+    return (codes - grid.zeros) * grid.scales
+
+
+def find_grids(weight: Tensor, importance: Tensor | None, codes: CodeRange, candidates: int) -> Grid:
+    """The grid of each group `weight` `[..., G]` (fp32) that costs least: sum of importance * (rounded - weight)^2.
+
+    Tries `candidates` ranges from min-max down to 0.4 of it, then shifts the zero point and fits the scale to the
+    rounded codes by least squares. With one candidate the answer is min-max. `importance` broadcasts against `weight`.
+    """
+    low, high = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
+    if codes.zero is None:
+        width = (high - low) / (codes.high - codes.low)
+        zeros = torch.where(width > 0, -low / width, 0.0).round_().clamp_(codes.low, codes.high)
+    else:
+        width = torch.maximum(-low / (codes.zero - codes.low), high / (codes.high - codes.zero))
+        zeros = torch.full_like(width, codes.zero)
+    best = Grid(as_fp16(width), zeros)
+    if candidates == 1:
+        return best
+    best_cost = _cost(weight, importance, best, codes)
+    for step in range(1, candidates):
+        trial = Grid(as_fp16(width * (1 - step * (1 - _NARROWEST) / (candidates - 1))), zeros)
+        best, best_cost = _cheaper(best, best_cost, trial, _cost(weight, importance, trial, codes))
+    shifts = (0,) if codes.zero is not None else (0, -1, 1)
+    start = best
+    for shift in shifts:
+        trial = start._replace(zeros=(start.zeros + shift).clamp_(codes.low, codes.high))
+        for _ in range(2):
+            trial = _fit_scale(weight, importance, trial, codes)
+            best, best_cost = _cheaper(best, best_cost, trial, _cost(weight, importance, trial, codes))
+    return best
+
+
+def as_fp16(scales: Tensor) -> Tensor:
+    """`scales` rounded to fp16, as fp32."""
+    return scales.half().float()
+
+
+def split_groups(columns: Tensor, group_size: int) -> Tensor:
+    """`[..., C]` -> `[..., J, G]`; a short last group is padded with zeros."""
+    return pad(columns, (0, -columns.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+
+
+def quantize(
+    weight: Tensor, importance: Tensor | None, codes: CodeRange, group_size: int, candidates: int
+) -> tuple[Quantized, Tensor]:
+    """Round-to-nearest of `weight` `[N, K]` fp32 on searched grids; also the exact values `[N, K]` fp32.
+
+    `importance` `[K]` weighs the search's errors (None: all alike).
+    """
+    size = weight.shape[-1]
+    groups = split_groups(weight, group_size)
+    per_group = None if importance is None else split_groups(importance, group_size)
+    grid = find_grids(groups, per_group, codes, candidates)
+    wide = Grid(grid.scales[..., None], grid.zeros[..., None])
+    rounded = round_to_grid(groups, wide, codes)
+    values = grid_values(rounded, wide)
+    return as_quantized(rounded.flatten(-2)[..., :size], grid, codes), values.flatten(-2)[..., :size].contiguous()
+
+
+def as_quantized(codes: Tensor, grid: Grid, allowed: CodeRange) -> Quantized:
+    """Codes `[N, K]` and grids `[N, J]` as the formats take them; symmetric grids have no zeros."""
+    zeros = grid.zeros.to(torch.uint8) if allowed.zero is None else None
+    return Quantized(codes.to(torch.uint8).contiguous(), grid.scales.half(), zeros)
+
+
+def _cost(weight: Tensor, importance: Tensor | None, grid: Grid, codes: CodeRange) -> Tensor:
+    wide = Grid(grid.scales[..., None], grid.zeros[..., None])
+    error = grid_values(round_to_grid(weight, wide, codes), wide).sub_(weight).square_()
+    return error.sum(-1) if importance is None else error.mul_(importance).sum(-1)
+
+
+def _fit_scale(weight: Tensor, importance: Tensor | None, grid: Grid, codes: CodeRange) -> Grid:
+    """The least-squares scale for the codes that `grid` gives."""
+    centered = round_to_grid(weight, Grid(grid.scales[..., None], grid.zeros[..., None]), codes) - grid.zeros[..., None]
+    weighed = centered if importance is None else centered * importance
+    power = (weighed * centered).sum(-1)
+    return grid._replace(scales=as_fp16(torch.where(power > 0, (weighed * weight).sum(-1) / power, 0.0).clamp_(min=0)))
+
+
+def _cheaper(a: Grid, cost_a: Tensor, b: Grid, cost_b: Tensor) -> tuple[Grid, Tensor]:
+    wins = cost_b < cost_a
+    grid = Grid(torch.where(wins, b.scales, a.scales), torch.where(wins, b.zeros, a.zeros))
+    return grid, torch.where(wins, cost_b, cost_a)

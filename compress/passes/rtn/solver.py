@@ -1,0 +1,18 @@
+"""Round to nearest, with a search for each group's range that minimises the weights' squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...statistics import InputStatistics
+from ..base import PruneResult
+from ..quantization import CodeRange, quantize
+from .config import RTNConfig
+
+
+def solve(weight: Tensor, statistics: InputStatistics, config: RTNConfig) -> PruneResult:
+    """`weight` `[N, K]` fp32 -> its rounding; `statistics` are not read."""
+    allowed = CodeRange.of(config.bits, config.symmetric)
+    quantized, values = quantize(weight, None, allowed, config.group_size, config.candidates)
+    return PruneResult(values, torch.ones_like(weight, dtype=torch.bool), quantized=quantized)
