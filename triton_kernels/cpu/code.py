@@ -95,6 +95,9 @@ class Value:
             make = builder.fpext if element == FLOAT else builder.fptrunc
         return Value(self.code, make(self.raw, target))
 
+    def absolute(self) -> Value:
+        return self.code.intrinsic("llvm.fabs", self.type, self, overload=self.type)
+
     def view(self, kind: ir.Type) -> Value:
         """The same bits as another type."""
         return Value(self.code, self.code.builder.bitcast(self.raw, kind))
@@ -226,6 +229,10 @@ class Code:
     def minimum(self, a: Value, b: Value) -> Value:
         """The smaller of two signed integers."""
         return self.select(a.compare("<", b), a, b)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """The larger of two signed integers."""
+        return self.select(a.compare(">", b), a, b)
 
     def intrinsic(self, name: str, result: ir.Type, *values: Value, overload: ir.Type | None = None) -> Value:
         """Call an LLVM intrinsic or an external function by name."""

@@ -94,12 +94,12 @@ class Integers:
 
 @dataclass(frozen=True)
 class Groups:
-    """`codes`, `scales`, `zeros` and `columns` of the kept groups from `row_start` on; see `group_int4.py`."""
+    """`codes`, `scales`, `zeros` and `numbers` of the kept groups from `row_start` on; see `group_int4.py`."""
 
     machine: Machine
     group_size: int
     symmetric: bool
-    fields = ("codes", "scales", "zeros", "columns", "row_start")
+    fields = ("codes", "scales", "zeros", "numbers", "row_start")
 
     @property
     def lanes(self) -> int:
@@ -109,16 +109,16 @@ class Groups:
         start, stop = (code.load(LONG, frame["row_start"] + (row + i) * 8) for i in (0, 1))
         size, lanes = self.group_size, self.lanes
         paired = size == lanes
-        codes, columns = frame["codes"], frame["columns"]
+        codes, numbers = frame["codes"], frame["numbers"]
         with code.loop(start, stop, 2 if paired else 1) as entry:
             if paired:
                 scales = [_scale(code, frame, entry + i, self.symmetric) for i in (0, 1)]
                 for slot, weights in enumerate(_nibbles(code, codes + entry * (size // 2), lanes, scales)):
-                    number = code.load(SHORT, columns + (entry + slot) * 2).convert(LONG)
+                    number = code.load(SHORT, numbers + (entry + slot) * 2).convert(LONG)
                     emit(number * size, weights, slot)
             else:
                 scales = [_scale(code, frame, entry, self.symmetric)] * 2
-                first = code.load(SHORT, columns + entry * 2).convert(LONG) * size
+                first = code.load(SHORT, numbers + entry * 2).convert(LONG) * size
                 for block in range(0, size, 2 * lanes):
                     address = codes + entry * (size // 2) + block // 2
                     for slot, weights in enumerate(_nibbles(code, address, lanes, scales)):

@@ -148,17 +148,13 @@ def read_rows(code: Code, frame: Frame, target: Value) -> None:
     A row is cut into runs of "span" numbers; each lies at a multiple of "stride", zeros between. Rows are "padded"
     apart.
     """
-    function = code.module.globals.get("to_floats")
-    if function is None:
-        function = _to_floats(code.module)
     dtype, k, span, stride, padded = (frame[name] for name in ("dtype", "k", "span", "stride", "padded"))
     width = element_width(code, dtype)
     with code.loop(0, frame["m"]) as m, code.loop(0, padded // stride) as run:
         start = run * span
-        count = code.minimum(k - start, span)
-        count = code.select(count.compare("<", 0), code.long(0), count)
+        count = code.maximum(code.minimum(k - start, span), code.long(0))
         place = target + (m * padded + run * stride) * 4
-        code.call(function, dtype, frame["x"] + (m * k + start) * width, place, count)
+        read_floats(code, dtype, frame["x"] + (m * k + start) * width, place, count)
         with code.loop(count, stride) as i:
             code.store(code.constant(FLOAT, 0.0), place + i * 4)
 
@@ -175,6 +171,14 @@ def write_sums(code: Code, frame: Frame, sums: Value, start: Value, stop: Value)
     with code.loop(0, frame["m"]) as m:
         place = m * n + start
         write_floats(code, dtype, sums + place * 4, frame["bias"], start, frame["y"] + place * width, stop - start)
+
+
+def read_floats(code: Code, dtype: Value, source: Value, target: Value, count: Value) -> None:
+    """Convert `count` numbers of a dtype to fp32."""
+    function = code.module.globals.get("to_floats")
+    if function is None:
+        function = _to_floats(code.module)
+    code.call(function, dtype, source, target, count)
 
 
 def write_floats(

@@ -3,7 +3,7 @@
 CPU layout of a matrix `[R, C]` with groups of G columns: all entries in one list, row r's from `row_start[r]` to
 `row_start[r + 1]` (int64). With G of 8 or 16 every row has an even number of them and two share their bytes: byte i of
 `codes[T/2, G]` holds column i of the even entry low, of the odd one high. With G of 32 or 64 `codes[T, G/2]` has blocks
-of 32 columns as in `int4`. `scales[T]` fp32; `zeros[T]` fp32, or None where all are 8; `columns[T]`, int16 bit patterns
+of 32 columns as in `int4`. `scales[T]` fp32; `zeros[T]` fp32, or None where all are 8; `numbers[T]`, int16 bit patterns
 of uint16: the group's number in its whole row. An entry that makes a row even has scale 0 and reads the group after the
 last, where activations are zero.
 """
@@ -23,29 +23,29 @@ LANES = 16
 
 
 class GroupInt4(NamedTuple):
-    """A prepared matrix; `width` is C."""
+    """A prepared matrix; `columns` is C."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
-    columns: Tensor
+    numbers: Tensor
     row_start: Tensor
     group_size: int
-    width: int
+    columns: int
 
 
-def prepare(packed: groups.Groups, width: int, *, segments: int = 1) -> GroupInt4:
-    """From a matrix `[R, C]` of `formats.groups`, C = `width`, which must have passed its `validate`."""
-    kept = groups.unpack(packed, width, segments=segments)
+def prepare(packed: groups.Groups, columns: int, *, segments: int = 1) -> GroupInt4:
+    """From a matrix `[R, C]` of `formats.groups`, C = `columns`, which must have passed its `validate`."""
+    kept = groups.unpack(packed, columns, segments=segments)
     rows, count = kept.numbers.shape
     flat = groups.KeptGroups(*(None if t is None else t.flatten(0, 1) for t in kept))  # type: ignore[arg-type]
-    return _prepare(flat, torch.arange(rows + 1) * count, width)
+    return _prepare(flat, torch.arange(rows + 1) * count, columns)
 
 
-def prepare_layer(packed: groups_layer.LayerGroups, width: int) -> GroupInt4:
-    """From a matrix `[R, C]` of `formats.groups_layer`, C = `width`, which must have passed its `validate`."""
+def prepare_layer(packed: groups_layer.LayerGroups, columns: int) -> GroupInt4:
+    """From a matrix `[R, C]` of `formats.groups_layer`, C = `columns`, which must have passed its `validate`."""
     entries, row_start = groups_layer.unpack(packed)
-    return _prepare(entries, row_start.long(), width)
+    return _prepare(entries, row_start.long(), columns)
 
 
 def restore(prepared: GroupInt4, *, segments: int = 1) -> groups.Groups:
@@ -54,7 +54,7 @@ def restore(prepared: GroupInt4, *, segments: int = 1) -> groups.Groups:
     rows = len(row_start) - 1
     return groups.pack(
         groups.KeptGroups(*(None if t is None else t.unflatten(0, (rows, -1)) for t in entries)),  # type: ignore
-        prepared.width,
+        prepared.columns,
         segments=segments,
     )
 
@@ -62,15 +62,15 @@ def restore(prepared: GroupInt4, *, segments: int = 1) -> groups.Groups:
 def restore_layer(prepared: GroupInt4) -> groups_layer.LayerGroups:
     """Inverse of `prepare_layer`."""
     entries, row_start = _restore(prepared)
-    return groups_layer.pack(entries, row_start.int(), prepared.width)
+    return groups_layer.pack(entries, row_start.int(), prepared.columns)
 
 
 def rows(prepared: GroupInt4) -> matmul.Rows:
     """For `matmul`'s functions."""
-    codes, scales, zeros, columns, row_start, size, width = prepared
-    padded = (-(-width // size) + 1) * size
-    tensors = (codes, scales, zeros, columns, row_start)
-    return matmul.Rows("groups", (size, zeros is None), len(row_start) - 1, width, size, size, padded, tensors)
+    codes, scales, zeros, numbers, row_start, size, columns = prepared
+    padded = (-(-columns // size) + 1) * size
+    tensors = (codes, scales, zeros, numbers, row_start)
+    return matmul.Rows("groups", (size, zeros is None), len(row_start) - 1, columns, size, size, padded, tensors)
 
 
 def linear(x: Tensor, prepared: GroupInt4, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def linear(x: Tensor, prepared: GroupInt4, bias: Tensor | None = None) -> Tensor
     return matmul.linear(rows(prepared), x, bias)
 
 
-def _prepare(entries: groups.KeptGroups, row_start: Tensor, width: int) -> GroupInt4:
+def _prepare(entries: groups.KeptGroups, row_start: Tensor, columns: int) -> GroupInt4:
     """Entries `[T]` in the CPU layout."""
     codes, scales, zeros, numbers = entries
     assert zeros is not None
@@ -91,24 +91,24 @@ def _prepare(entries: groups.KeptGroups, row_start: Tensor, width: int) -> Group
         codes = codes.new_full((total, size), groups.MIDDLE).index_copy(0, place, codes)
         scales = scales.new_zeros(total).index_copy(0, place, scales)
         zeros = zeros.new_full((total,), groups.MIDDLE).index_copy(0, place, zeros)
-        numbers = numbers.new_full((total,), -(-width // size)).index_copy(0, place, numbers)
+        numbers = numbers.new_full((total,), -(-columns // size)).index_copy(0, place, numbers)
         packed, row_start = codes[0::2] | codes[1::2] << 4, even
     else:
         packed = pack_planes(codes)
     symmetric = bool((zeros == groups.MIDDLE).all())
-    columns = numbers.to(torch.uint16).view(torch.int16)
+    stored = numbers.to(torch.uint16).view(torch.int16)
     return GroupInt4(
-        packed.contiguous(), scales.float(), None if symmetric else zeros.float(), columns, row_start, size, width
+        packed.contiguous(), scales.float(), None if symmetric else zeros.float(), stored, row_start, size, columns
     )
 
 
 def _restore(prepared: GroupInt4) -> tuple[groups.KeptGroups, Tensor]:
     """Inverse of `_prepare`."""
-    codes, scales, zeros, columns, row_start, size, width = prepared
+    codes, scales, zeros, numbers, row_start, size, columns = prepared
     dense = torch.stack((codes & 15, codes >> 4), dim=1).flatten(0, 1) if size <= LANES else unpack_planes(codes)
-    numbers = columns.view(torch.uint16).long()
+    numbers = numbers.view(torch.uint16).long()
     points = torch.full_like(dense[:, 0], groups.MIDDLE) if zeros is None else zeros.to(torch.uint8)
-    real = numbers < -(-width // size)
+    real = numbers < -(-columns // size)
     before = torch.cat((row_start[:1], real.cumsum(0)))
     entries = groups.KeptGroups(dense[real], scales[real].half(), points[real], numbers[real])
     return entries, before[row_start]
