@@ -90,7 +90,7 @@ class SweepSettings(IntegerSettings):
 
     block_size: int = Field(default=128, ge=1)
     activation_order: bool = True
-    damping: float = Field(default=0.01, gt=0, lt=1)
+    damping: float = Field(default=0.03, gt=0, lt=1)
     descents: int = Field(default=3, ge=0, le=1000)
 
 

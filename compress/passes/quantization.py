@@ -17,6 +17,7 @@ from ...triton_kernels.formats.integers import Quantized
 
 # The search narrows a group's range from min-max to this fraction of it.
 _NARROWEST = 0.4
+_CACHED = 2**16
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def find_grids(weight: Tensor, importance: Tensor | None, codes: CodeRange, cand
     low, high = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
     if codes.zero is None:
         width = (high - low) / (codes.high - codes.low)
-        zeros = torch.where(width > 0, -low / width, 0.0).round_().clamp_(codes.low, codes.high)
+        zeros = torch.where(width > 0, low.abs() / width, 0.0).round_().clamp_(codes.low, codes.high)
     else:
-        width = torch.maximum(-low / (codes.zero - codes.low), high / (codes.high - codes.zero))
+        width = torch.maximum(low.abs() / (codes.zero - codes.low), high / (codes.high - codes.zero))
         zeros = torch.full_like(width, codes.zero)
     best = Grid(as_fp16(width), zeros)
     if candidates == 1:
@@ -107,7 +108,10 @@ def quantize(
     size = weight.shape[-1]
     groups = split_groups(weight, group_size)
     per_group = None if importance is None else split_groups(importance, group_size)
-    grid = find_grids(groups, per_group, codes, candidates)
+    # A few rows at a time stay in the processor's cache.
+    rows = max(1, _CACHED // weight[0].numel())
+    found = [find_grids(part, per_group, codes, candidates) for part in groups.split(rows)]
+    grid = Grid(torch.cat([part.scales for part in found]), torch.cat([part.zeros for part in found]))
     wide = Grid(grid.scales[..., None], grid.zeros[..., None])
     rounded = round_to_grid(groups, wide, codes)
     values = grid_values(rounded, wide)
@@ -120,17 +124,26 @@ def as_quantized(codes: Tensor, grid: Grid, allowed: CodeRange) -> Quantized:
     return Quantized(codes.to(torch.uint8).contiguous(), grid.scales.half(), zeros)
 
 
+def _in_steps(weight: Tensor, grid: Grid, codes: CodeRange) -> tuple[Tensor, Tensor]:
+    """`weight` in steps of its grid, and rounded to whole steps the grid has; shifting by the zero point is saved."""
+    steps = weight * torch.where(grid.scales > 0, 1 / grid.scales, 0.0)[..., None]
+    low, high = ((bound - grid.zeros)[..., None] for bound in (codes.low, codes.high))
+    return steps, steps.round().clamp_(low, high)
+
+
 def _cost(weight: Tensor, importance: Tensor | None, grid: Grid, codes: CodeRange) -> Tensor:
-    wide = Grid(grid.scales[..., None], grid.zeros[..., None])
-    error = grid_values(round_to_grid(weight, wide, codes), wide).sub_(weight).square_()
-    return error.sum(-1) if importance is None else error.mul_(importance).sum(-1)
+    """Sum of importance * (rounded - weight)^2 per group; infinite for a zero scale, so that it never wins."""
+    steps, rounded = _in_steps(weight, grid, codes)
+    error = rounded.sub_(steps).square_()
+    lost = error.sum(-1) if importance is None else error.mul_(importance).sum(-1)
+    return torch.where(grid.scales > 0, lost * grid.scales.square(), torch.inf)
 
 
 def _fit_scale(weight: Tensor, importance: Tensor | None, grid: Grid, codes: CodeRange) -> Grid:
     """The least-squares scale for the codes that `grid` gives."""
-    centered = round_to_grid(weight, Grid(grid.scales[..., None], grid.zeros[..., None]), codes) - grid.zeros[..., None]
-    weighed = centered if importance is None else centered * importance
-    power = (weighed * centered).sum(-1)
+    _, rounded = _in_steps(weight, grid, codes)
+    weighed = rounded if importance is None else rounded * importance
+    power = (weighed * rounded).sum(-1)
     return grid._replace(scales=as_fp16(torch.where(power > 0, (weighed * weight).sum(-1) / power, 0.0).clamp_(min=0)))
 
 

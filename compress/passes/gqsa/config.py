@@ -33,6 +33,7 @@ class GQSAConfig(ADMMSettings, SweepSettings):
 
     pass_: Literal["gqsa"] = Field(default="gqsa", alias="pass")
     pattern: Annotated[str, AfterValidator(_packable)] = "1x16"
+    damping: float = Field(default=0.03, gt=0, lt=1)
     mask: Literal["admm", "obs", "diagonal", "wanda"] = "admm"
     balance: Literal["row", "layer"] = "row"
     segments: Literal["auto", 1, 2, 4, 8] = "auto"
