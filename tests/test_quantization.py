@@ -40,7 +40,7 @@ def weighted_cost(weight: Tensor, importance: Tensor, grid: Grid, codes: CodeRan
 def test_code_ranges_have_the_bits_and_hold_the_zero(bits: int, symmetric: bool) -> None:
     codes = CodeRange.of(bits, symmetric)
     assert codes.high - codes.low + 1 == 2**bits
-    assert 0 <= codes.low
+    assert codes.low >= 0
     assert codes.high < (16 if bits <= 4 else 256)
     if symmetric:
         assert codes.zero == (8 if bits <= 4 else 128)
