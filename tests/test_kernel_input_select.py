@@ -1,4 +1,4 @@
-"""Input-selected 16-bit linears: kernels in the interpreter against an fp64 reference, bytes metered, machine code read."""
+"""Input-selected 16-bit linears: interpreted kernels against an fp64 reference, bytes metered, machine code read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def problem(
 
 def run(
     x: Tensor, prepared: layout.Prepared, bias: Tensor | None = None, *, metered: bool = False
-) -> tuple[Tensor, list]:
+) -> tuple[Tensor, list[Metering]]:
     """y (fp32, poisoned with NaN beforehand) of the launches that `plan` makes, and their metering."""
     y = guarded(torch.full((x.shape[0], prepared.n), float("nan")))
     prepared = prepared._replace(
@@ -197,15 +197,9 @@ def test_bytes_follow_the_formula(kernel, m: int, n: int, k: int) -> None:
     if not kernel.m_range[0] <= m <= kernel.m_range[1]:
         pytest.skip("another kernel's tokens")
     shape, dtype = Shape(m, n, k), torch.float16
-    launch = kernel.example(shape, dtype, TARGET)
-    real = {
-        name: guarded(torch.zeros(value.shape, dtype=value.dtype)) if isinstance(value, Tensor) else value
-        for name, value in launch.arguments.items()
-    }
-    real["x"].fill_(1.0)
-    real["thresholds"].fill_(2.0 if "rest" in kernel.name else 0.5)
-    real["norms"] = real["z"] = real["bias"] = real["thresholds"]
-    metering = meter(kernel.jit(), replace(launch, arguments=real))
+    launch = kernel.sample(shape, dtype, TARGET)
+    tensors = {name: guarded(value) for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+    metering = meter(kernel.jit(), replace(launch, arguments={**launch.arguments, **tensors}))
     counted = {"x", "weight", "out"}
     sectors = sum(traffic.dram_bytes for name, traffic in metering.arguments.items() if name in counted)
     assert sectors + 4 == kernel.bytes(shape, dtype)

@@ -1,11 +1,11 @@
 """Triton kernels of input-selected linears with 16-bit weights.
 
-The weight lies input-major, `[K + rank, columns]`: one row per input, then `U^T`, whose inputs are the low-rank branch's
-z. A row is loaded under a mask that says whether any token selects its input, so an unselected row moves no bytes. Both
-kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
+The weight lies input-major, `[K + rank, columns]`: one row per input, then `U^T`, whose inputs are z of the low-rank
+branch. A row is loaded under a mask that says whether any token selects its input, so an unselected row moves no bytes.
+Both kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
 
-All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: tiles do not straddle
-fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`.
+All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: no tile spans
+two fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def gemv(
             row = k + u * BLOCK_K + lanes
             inside = None if EVEN else row < K
             value = tl.load(inputs + u * BLOCK_K, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
-            values = values + (value,)
-            used = used + (_selected(value, norms, row, inside, threshold, NORMS, REST),)
+            values += (value,)  # type: ignore[assignment]
+            used += (_selected(value, norms, row, inside, threshold, NORMS, REST),)  # type: ignore[assignment]
         for u in tl.static_range(UNROLL):
             pointers = rows + u * BLOCK_K * stride_w
             tile_u = tl.load(pointers, mask=used[u][:, None], other=0.0, eviction_policy="evict_first")
-            loaded = loaded + (tile_u,)
+            loaded += (tile_u,)  # type: ignore[assignment]
         for u in tl.static_range(UNROLL):
             total += loaded[u].to(tl.float32) * values[u][:, None]
         inputs += BLOCK_K * UNROLL

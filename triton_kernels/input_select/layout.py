@@ -58,10 +58,10 @@ def prepare(
 ) -> Prepared:
     """GPU order of `weight[..., K, N]` with its validated `selection`; leading axes (experts) belong to every tensor.
 
-    `parts`: output sizes of the fused parts, by default one of N. `workspace`: fp32, at least `workspace_size` numbers, to
-    share one between linears; by default a new one.
+    `parts`: output sizes of the fused parts, by default one of N. `workspace`: fp32, at least `workspace_size` numbers,
+    to share one between linears; by default a new one.
     """
-    *lead, k, n = weight.shape
+    k, n = weight.shape[-2:]
     parts = tuple(parts or (n,))
     rank = 0 if selection.V is None else selection.V.shape[-1]
     rows = weight

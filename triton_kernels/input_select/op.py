@@ -96,7 +96,8 @@ def register() -> None:
     """Define `halfweight::input_select_gpu`, idempotently."""
     register_operator(
         "input_select_gpu(Tensor x, Tensor weight, Tensor thresholds, Tensor? norms, Tensor? v, Tensor tiles,"
-        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked) -> Tensor",
+        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked)"
+        " -> Tensor",
         {"CUDA": _operator},
         lambda x, weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, parts, bias, masked: x.new_empty(
             (*x.shape[:-1], n)
@@ -127,23 +128,27 @@ def _operator(
 # --- facts ---
 
 
-def example_prepared(shape: Shape, dtype: torch.dtype, rank: int = 0) -> Prepared:
-    """A linear of one part on the meta device."""
-    shapes = input_select.packed_shapes((shape.n, shape.k), rank=rank)
-    meta = {
-        name: torch.empty(size, dtype=torch.int32 if name == "thresholds" else dtype, device="meta")
-        for name, size in shapes.items()
+def example_prepared(
+    shape: Shape, dtype: torch.dtype, *, rank: int = 0, threshold: float = 0.0, device: str = "meta"
+) -> Prepared:
+    """A random linear of one part, for compiling (on the meta device) and trying kernels."""
+    tensors = {
+        name: torch.randn(size, device=device).to(dtype)
+        for name, size in input_select.packed_shapes((shape.n, shape.k), rank=rank).items()
     }
-    weight = torch.empty((shape.k, shape.n), dtype=dtype, device="meta")
-    return layout.prepare(weight, InputSelection(meta["thresholds"], None, meta.get("V"), meta.get("U")))
+    tensors["thresholds"] = to_bits(torch.full((1,), threshold, device=device))
+    weight = torch.randn((shape.k, shape.n), device=device).to(dtype)
+    return layout.prepare(weight, InputSelection(**tensors))
 
 
-def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str) -> Launch:
-    """The launch of one step of `plan` without a branch, or with one of EXAMPLE_RANK for `rest` kernels."""
+def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str, device: str = "meta") -> Launch:
+    """The launch of one step of `plan` that reads every row, without a branch; `rest_` ones into EXAMPLE_RANK."""
     rest = kernel.startswith("rest")
-    prepared = example_prepared(shape, dtype, EXAMPLE_RANK if rest else 0)
-    x = torch.empty((shape.m, shape.k), dtype=dtype, device="meta")
-    y = torch.empty((shape.m, shape.n), dtype=dtype, device="meta")
+    prepared = example_prepared(
+        shape, dtype, rank=EXAMPLE_RANK if rest else 0, threshold=1e9 if rest else 0.0, device=device
+    )
+    x = torch.randn((shape.m, shape.k), device=device).to(dtype)
+    y = torch.empty((shape.m, shape.n), dtype=dtype, device=device)
     z, partial_sums = workspaces(prepared, shape.m)
     if rest:
         return plan_rest(x, prepared, z, target)[1]
@@ -199,6 +204,8 @@ def _kernel(name: str, function: str, m_range: tuple[int, int], budget: dict[tor
         weight_bytes=partial(_weight_bytes, kernel=name),
         budget=budget,
         m_range=m_range,
+        loop_is_clean=function == "gemv",
+        sample=partial(_example, kernel=name, device="cpu"),
     )
 
 

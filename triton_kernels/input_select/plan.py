@@ -1,8 +1,8 @@
-"""Which kernels run an input-selected 16-bit linear for how many tokens, with which tiles: pure functions, no autotuning.
+"""Which kernels run an input-selected 16-bit linear, for how many tokens, with which tiles: pure functions.
 
-One token goes through `gemv`; 2 to 63 through `dot`, which reads a row when any token selects it; from 64 on the union is
-everything, and the masked tokens go through a dense matmul. Narrow linears split K over programs; the partial sums go
-through a workspace and `reduce` adds them in a fixed order, so results repeat bit for bit.
+One token goes through `gemv`; 2 to 63 through `dot`, which reads a row when any token selects it; from 64 on the union
+is everything, and the masked tokens go through a dense matmul. Narrow linears split K over programs; the partial sums
+go through a workspace and `reduce` adds them in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def linear(
 ) -> Tensor:
     """`y = select(x) W^T + (x - select(x)) V U^T + bias`; a row of y depends on that row of x alone.
 
-    `x[..., K]`, `weight[K, N]` (input-major), `parts`: output sizes of the fused parts, by default one of N. Every product
-    is formed in x's dtype. `masked=False` uses all inputs, and so no branch: a dense prefill.
+    `x[..., K]`, `weight[K, N]` (input-major), `parts`: output sizes of the fused parts, by default one of N. Every
+    product is formed in x's dtype. `masked=False` uses all inputs, and so no branch: a dense prefill.
     """
     x_ = x.reshape(-1, x.shape[-1])
     weight = weight.to(x.dtype)
