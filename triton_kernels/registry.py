@@ -6,7 +6,7 @@ from importlib import import_module
 
 from .launch import Kernel
 
-OPS: tuple[str, ...] = ()
+OPS: tuple[str, ...] = ("two_four",)
 
 
 def kernels(op: str | None = None) -> tuple[Kernel, ...]:
