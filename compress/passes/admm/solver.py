@@ -45,12 +45,9 @@ def least_squares(
     """
     norm = hessian.diagonal().sqrt()
     target = weight * norm
-    hessian = hessian / norm / norm[:, None]
+    hessian = (hessian / norm).div_(norm[:, None])
     hessian.diagonal().add_(settings.damping)
-    shifted = hessian.clone()
-    shifted.diagonal().add_(settings.penalty)
-    factor, damping = damped_cholesky(shifted, 1e-6)
-    inverse = torch.cholesky_inverse(factor)
+    inverse, damping = _shifted_inverse(hessian, settings.penalty)
     pull = target @ hessian
 
     solution, dual = target, torch.zeros_like(target)
@@ -60,9 +57,19 @@ def least_squares(
         mask = choose(proposal.abs(), step)
         sparse = proposal * mask
         dual = proposal - sparse
-        solution = (pull + settings.penalty * (sparse - dual)) @ inverse
-    refined = conjugate_gradient(solution * mask, target, hessian, mask, settings.refine)
-    return (refined / norm).masked_fill(~mask, 0.0), mask, settings.damping + damping
+        solution = sparse.sub_(dual).mul_(settings.penalty).add_(pull) @ inverse
+    del inverse, pull, proposal, sparse, dual  # the rest holds as many matrices again
+    refined = conjugate_gradient(solution.mul_(mask), target, hessian, mask, settings.refine)
+    return refined.div_(norm).masked_fill_(~mask, 0.0), mask, settings.damping + damping
+
+
+def _shifted_inverse(hessian: Tensor, penalty: float) -> tuple[Tensor, float]:
+    """`(hessian + penalty I)^-1` `[K, K]`, and the damping that factoring it took."""
+    shifted = hessian.clone()
+    shifted.diagonal().add_(penalty)
+    factor, damping = damped_cholesky(shifted, 1e-6)
+    del shifted
+    return torch.cholesky_inverse(factor), damping
 
 
 def gradual_mask(score: Tensor, config: ADMMConfig, step: int) -> Tensor:
@@ -88,19 +95,19 @@ def conjugate_gradient(start: Tensor, target: Tensor, hessian: Tensor, mask: Ten
 
     `start`, `target`, `mask` are `[N, K]`, `hessian` `[K, K]` has a near-unit diagonal, so no preconditioner is needed.
     """
-    solution = start
-    residual = (target - solution) @ hessian * mask
-    direction = residual
+    solution = start.clone()
+    residual = ((target - solution) @ hessian).mul_(mask)
+    direction = residual.clone()
     power = residual.square().sum(1, keepdim=True)
     # A row this close is solved; going on would divide one rounding error by another.
     done = power * torch.finfo(power.dtype).eps ** 2
     for _ in range(steps):
-        product = direction @ hessian * mask
+        product = (direction @ hessian).mul_(mask)
         curvature = (direction * product).sum(1, keepdim=True)
         step = torch.where(power > done, power / curvature, 0.0)
-        solution = solution + step * direction
-        residual = residual - step * product
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
         fresh = residual.square().sum(1, keepdim=True)
-        direction = torch.where(power > done, residual + fresh / power * direction, 0.0)
+        direction.mul_(fresh / power).add_(residual).masked_fill_(power <= done, 0.0)
         power = torch.where(power > done, fresh, 0.0)
     return solution
