@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .serving.inspect import inspect_checkpoint
     from .serving.load import load, load_tokenizer
     from .serving.sources import resolve_model
+    from .serving.warmup import explain, warmup
 
 __all__ = [
     "CompressionReport",
@@ -33,11 +34,13 @@ __all__ = [
     "RunError",
     "compress_checkpoint",
     "evaluate",
+    "explain",
     "inspect_checkpoint",
     "load",
     "load_tokenizer",
     "plan",
     "resolve_model",
+    "warmup",
 ]
 
 _HOME = {
@@ -48,11 +51,13 @@ _HOME = {
     "RunError": "serving.errors",
     "compress_checkpoint": "compress.driver",
     "evaluate": "eval.perplexity",
+    "explain": "serving.warmup",
     "inspect_checkpoint": "serving.inspect",
     "load": "serving.load",
     "load_tokenizer": "serving.load",
     "plan": "compress.plan",
     "resolve_model": "serving.sources",
+    "warmup": "serving.warmup",
 }
 
 

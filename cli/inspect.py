@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from . import options
 from .output import human_bytes, out, table, write_json
 
+if TYPE_CHECKING:
+    from ..serving.inspect import LayerInfo
 
-def inspect(folder: options.Folder, json: options.Json = None) -> None:
+
+def inspect(
+    folder: options.Folder,
+    device: Annotated[
+        str | None, typer.Option(help="Also show what would run each linear on auto, cpu, cuda or cuda:i.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = None,
+) -> None:
     """Show what a checkpoint holds: per-layer pattern, numbers, density, bits and error.
 
     Examples:
@@ -14,12 +28,15 @@ def inspect(folder: options.Folder, json: options.Json = None) -> None:
         halfweight inspect smollm2-2of4
 
         halfweight inspect smollm2-2of4 --json layers.json
+
+        halfweight inspect smollm2-2of4 --device cpu
     """
     from ..serving.inspect import inspect_checkpoint
 
-    result = inspect_checkpoint(folder)
+    result = inspect_checkpoint(folder, device=device, dtype=dtype)
     write_json(json, result)
-    rows = table(result.path, "linear", "pattern", "numbers", "N x K", "density", "bits", "error", left=3)
+    headers = ["linear", "pattern", "numbers", "N x K", "density", "bits", "error", *(["runs on"] if device else [])]
+    rows = table(result.path, *headers, left=3)
     for layer in result.layers:
         n, k = layer.shape
         error = "-" if layer.error is None else f"{layer.error:.4f}"
@@ -31,6 +48,7 @@ def inspect(folder: options.Folder, json: options.Json = None) -> None:
             f"{layer.density:.3f}",
             f"{layer.bits:.2f}",
             error,
+            *([_runs_on(layer)] if device else []),
         )
     out.print(rows)
     ratio = (
@@ -43,3 +61,10 @@ def inspect(folder: options.Folder, json: options.Json = None) -> None:
         f" {result.effective_bits_model:.3f} (whole model)"
         f"{ratio}; {human_bytes(result.bytes)}"
     )
+
+
+def _runs_on(layer: LayerInfo) -> str:
+    """The kernels that would run, or why none would."""
+    if layer.backend is None:
+        return "dense"
+    return f"{layer.backend}: {layer.reason}" if layer.backend == "reference" else layer.backend

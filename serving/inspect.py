@@ -9,16 +9,19 @@ import torch
 from pydantic import BaseModel
 
 from .checkpoint import Checkpoint, TensorInfo, read_json
+from .load import resolve_device, resolve_dtype, stored_dtype
 from .scheme import LinearScheme
 from .skeleton import build_skeleton, find_blocks, is_linear, tensor_names, tied_names
 from .storage import dense_weight
+from .warmup import expect
 
 _REPORT = "report.json"
 
 
 class LayerInfo(BaseModel):
     """One decoder linear `[N, K]`. `density` is the measured fraction of non-zeros, `bits` are stored per weight,
-    `error` is the relative output error on held-out text that compression reported (None for an untouched layer)."""
+    `error` is the relative output error on held-out text that compression reported (None for an untouched layer).
+    When a device was asked for, `backend` and `reason` say what would run a compressed linear there."""
 
     name: str
     shape: tuple[int, int]
@@ -27,6 +30,8 @@ class LayerInfo(BaseModel):
     density: float
     bits: float
     error: float | None
+    backend: str | None = None
+    reason: str | None = None
 
 
 class Inspection(BaseModel):
@@ -43,9 +48,19 @@ class Inspection(BaseModel):
     layers: list[LayerInfo]
 
 
-def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Inspection:
-    """Inspect a checkpoint folder, dense or compressed. Reads each linear once; raises InputError for a bad folder."""
+def inspect_checkpoint(
+    path: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> Inspection:
+    """Inspect a checkpoint folder, dense or compressed. Reads each linear once; raises InputError for a bad folder.
+
+    With a `device`, also what would run each compressed linear there on activations of `dtype`.
+    """
     checkpoint = Checkpoint(path)
+    where = None if device is None else resolve_device(device)
     artifact = checkpoint.artifact
     model = build_skeleton(checkpoint, torch.float32)
     prefix, _ = find_blocks(model)
@@ -79,6 +94,7 @@ def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | 
                 density=non_zeros / (shape[0] * shape[1]),
                 bits=bits / (shape[0] * shape[1]),
                 error=errors.get(name),
+                **_runs(scheme, shape, where, checkpoint, dtype),
             )
         )
         if progress is not None:
@@ -97,6 +113,20 @@ def inspect_checkpoint(path: str | Path, progress: Callable[[int, int], None] | 
         bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         layers=layers,
     )
+
+
+def _runs(
+    scheme: LinearScheme | None,
+    shape: tuple[int, int],
+    device: torch.device | None,
+    checkpoint: Checkpoint,
+    dtype: str,
+) -> dict[str, str]:
+    """`backend` and `reason` for a compressed linear on `device`."""
+    if scheme is None or device is None:
+        return {}
+    choice = expect("", scheme, shape, resolve_dtype(dtype, device, stored_dtype(checkpoint)), device)
+    return {"backend": choice.backend, "reason": choice.reason}
 
 
 def _numbers(scheme: LinearScheme | None, stored: Mapping[str, TensorInfo]) -> str:

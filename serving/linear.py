@@ -76,10 +76,10 @@ class CompressedLinear(nn.Module):
                         setattr(self, name, None)
             return self._prepared
 
-    def verify(self, dtype: torch.dtype, tokens: int) -> tuple[bool, str]:
+    def verify(self, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple[bool, str]:
         """Compare the implementation for `dtype` with the reference on random inputs; see `dispatch.verify`."""
         self._restore()
-        return dispatch.verify(self._weight(), dtype, tokens)
+        return dispatch.verify(self._weight(), dtype, tokens, seed)
 
     def _weight(self) -> dispatch.Weight:
         tensors = {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}

@@ -71,6 +71,16 @@ class IntegerScheme(BaseModel):
 Storage = Literal["dense", "two_four", "integers", "two_four_int4", "groups", "groups_layer"]
 
 
+# Storage -> folder of kernels in triton_kernels.
+_OPS: dict[str, str] = {
+    "two_four": "two_four",
+    "two_four_int4": "two_four_int4",
+    "integers": "int4",
+    "groups": "group_int4",
+    "groups_layer": "group_int4",
+}
+
+
 class LinearScheme(BaseModel):
     """How one linear `[N, K]` is compressed: one row of the table in docs/architecture.md.
 
@@ -116,6 +126,11 @@ class LinearScheme(BaseModel):
             return "two_four" if self.pattern == "2:4" else "dense"
         packed = self.pattern == "2:4" and self.integers.bits == 4 and self.integers.group_size % 4 == 0
         return "two_four_int4" if packed else "integers"
+
+    @property
+    def op(self) -> str:
+        """The folder of kernels in triton_kernels that runs this storage; raises KeyError for `dense`."""
+        return _OPS[self.storage]
 
     @property
     def numbers(self) -> str:

@@ -19,14 +19,6 @@ from .scheme import IntegerScheme, LinearScheme
 
 Shape = tuple[int, int]
 Form = TypeVar("Form", bound=tuple[Any, ...])
-# Storage -> folder of kernels in triton_kernels.
-OPS: dict[str, str] = {
-    "two_four": "two_four",
-    "two_four_int4": "two_four_int4",
-    "integers": "int4",
-    "groups": "group_int4",
-    "groups_layer": "group_int4",
-}
 _META = {"codes": torch.uint8, "zeros": torch.uint8, "meta": torch.uint8, "row_start": torch.int32}
 _BITS16 = {"scales": torch.int16, "index": torch.int16}
 
@@ -117,7 +109,7 @@ def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape,
     def expand(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return dense_weight(scheme, tensors, shape, dtype)
 
-    return Weight(OPS[scheme.storage], tensors, shape, settings, dtype, expand)
+    return Weight(scheme.op, tensors, shape, settings, dtype, expand)
 
 
 def pack_weight(

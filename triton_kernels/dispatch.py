@@ -84,6 +84,14 @@ def can_run(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.d
     return False, f"no kernels for {device.type} devices"
 
 
+def expect(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """`(backend, reason)` that `prepare` would choose for a weight of `shape` on `device`."""
+    possible, reason = can_run(op, shape, dtype, device)
+    if not possible:
+        return "reference", reason
+    return ("cpu" if device.type == "cpu" else "triton"), f"{op} kernels"
+
+
 def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     """Choose the implementation for inputs of `dtype` on the weight's device and bring the weight into its layout."""
     possible, reason = can_run(weight.op, weight.shape, dtype, weight.device)
