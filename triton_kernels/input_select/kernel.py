@@ -5,7 +5,8 @@ branch. A row is loaded under a mask that says whether any token selects its inp
 Both kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
 
 All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: no tile spans
-two fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`.
+two fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`;
+sums of `ADDENDS` slices that an earlier launch left so in `addend` are added, in order.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def gemv(
     z,
     tiles,
     bias,
+    addend,
     out,
     N,
     K,
@@ -47,6 +49,7 @@ def gemv(
     REST: tl.constexpr,
     PARTIAL: tl.constexpr,
     Z_SLICES: tl.constexpr,
+    ADDENDS: tl.constexpr,
     EVEN: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -104,6 +107,8 @@ def gemv(
             total += branch.to(tl.float32) * value[:, None]
     result = tl.sum(total, 0)
     column = first + columns
+    for s in tl.static_range(ADDENDS):
+        result += tl.load(addend + s * N + column, mask=column < end, other=0.0)
     if PARTIAL:
         out += tl.program_id(1) * N
     elif BIAS:
@@ -143,6 +148,7 @@ def dot(
     z,
     tiles,
     bias,
+    addend,
     out,
     M,
     N,
@@ -157,6 +163,7 @@ def dot(
     REST: tl.constexpr,
     PARTIAL: tl.constexpr,
     Z_SLICES: tl.constexpr,
+    ADDENDS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -208,15 +215,15 @@ def dot(
             low = (rest - high.to(tl.float32)).to(DOT)
             total = tl.dot(low, branch, tl.dot(high, branch, total))
     column = first + columns
+    places = tokens[:, None] * N + column[None, :]
+    inside = (tokens < M)[:, None] & (column < end)[None, :]
+    for s in tl.static_range(ADDENDS):
+        total += tl.load(addend + s * M * N + places, mask=inside, other=0.0)
     if PARTIAL:
         out += tl.program_id(1) * M * N
     elif BIAS:
         total += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + tokens[:, None] * N + column[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(tokens < M)[:, None] & (column < end)[None, :],
-    )
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -20,6 +20,13 @@ REDUCE_COLUMNS = 256
 Step = tuple[str, Launch]
 
 
+class Addend(NamedTuple):
+    """fp32 sums `[slices, M, N]` that an earlier launch left, to be added to a launch's result."""
+
+    sums: Tensor
+    slices: int
+
+
 class Split(NamedTuple):
     """How a launch walks K: `slices` programs per column tile, each `slice_k` inputs."""
 
@@ -55,16 +62,20 @@ def gemv_split(n_tiles: int, k: int, limit: int = 16) -> Split:
     """Slices of K for one token: enough programs for a GPU, but no slice under 512 inputs."""
     slices = min(limit, max(1, min(128 // max(1, n_tiles), k // 512)))
     step = gemv_unroll(k, slices) * gemv_threads(k // slices) * 8 // TILE
-    slice_k = -(-k // (slices * step)) * step
-    return Split(-(-k // slice_k), slice_k)
+    return _whole(k, slices, step)
 
 
 def dot_split(m: int, n_tiles: int, k: int, limit: int = 8) -> Split:
     """Slices of K for 2 to 63 tokens: a program hides little latency, so several per multiprocessor."""
     wanted = 512 if m <= 16 else 256
     slices = min(limit, max(1, min(wanted // max(1, n_tiles), k // 256)))
-    slice_k = -(-k // (slices * 128)) * 128
-    return Split(-(-k // slice_k), slice_k)
+    return _whole(k, slices, 128)
+
+
+def _whole(k: int, slices: int, step: int) -> Split:
+    """At most `slices` slices of whole steps; one, when K is 0."""
+    slice_k = max(1, -(-k // (slices * step))) * step
+    return Split(max(1, -(-k // slice_k)), slice_k)
 
 
 def split(m: int, n_tiles: int, k: int) -> Split:
@@ -92,14 +103,15 @@ def plan(
     m = x.shape[0]
     z, partial = workspaces(prepared, m)
     steps: list[Step] = []
+    z_slices = split(m, len(prepared.v_tiles), prepared.k).slices if prepared.rank else 0
     if prepared.rank:
         steps.append(plan_rest(x, prepared, z, target, dot_dtype))
     slices = split(m, len(prepared.tiles), prepared.k).slices
     out = y if slices == 1 else partial
     if m == 1:
-        steps.append(("gemv", plan_gemv(x, prepared, out, bias, target, z=z)))
+        steps.append(("gemv", plan_gemv(x, prepared, out, bias, target, z=z, z_slices=z_slices)))
     else:
-        steps.append(("dot", plan_dot(x, prepared, out, bias, target, z=z, dot_dtype=dot_dtype)))
+        steps.append(("dot", plan_dot(x, prepared, out, bias, target, z=z, z_slices=z_slices, dot_dtype=dot_dtype)))
     if slices > 1:
         steps.append(("reduce", plan_reduce(partial, bias, y, slices)))
     return steps
@@ -121,6 +133,27 @@ def plan_rest(x: Tensor, prepared: Prepared, z: Tensor, target: str, dot_dtype: 
     return "dot", plan_dot(x, branch, z, None, target, rest=True, dot_dtype=dot_dtype)
 
 
+def plan_branch(
+    x: Tensor,
+    prepared: Prepared,
+    z: Tensor,
+    partial: Tensor,
+    slices: int,
+    y: Tensor,
+    bias: Tensor | None,
+    target: str,
+    dot_dtype: torch.dtype | None = None,
+) -> Step:
+    """y = the sum of `partial[slices, M, N]`, plus z U^T and the bias, where `prepared.weight` is U^T alone."""
+    m = x.shape[0]
+    z_slices = split(m, len(prepared.v_tiles), prepared.k).slices
+    addend = Addend(partial, slices)
+    prepared = prepared._replace(k=0)
+    if m == 1:
+        return "gemv", plan_gemv(x, prepared, y, bias, target, z=z, z_slices=z_slices, addend=addend)
+    return "dot", plan_dot(x, prepared, y, bias, target, z=z, z_slices=z_slices, addend=addend, dot_dtype=dot_dtype)
+
+
 def plan_gemv(
     x: Tensor,
     prepared: Prepared,
@@ -129,16 +162,21 @@ def plan_gemv(
     target: str,
     *,
     z: Tensor | None = None,
+    z_slices: int = 0,
     rest: bool = False,
+    addend: Addend | None = None,
 ) -> Launch:
-    """One token. `out`: y, or fp32 partial sums when K is split or for `rest` (unselected inputs)."""
+    """One token. `out`: y, or fp32 partial sums when K is split or for `rest` (unselected inputs).
+
+    `z`: partial sums of the branch's z, `z_slices` of them.
+    """
     chosen = gemv_split(len(prepared.tiles), prepared.k)
     threads = gemv_threads(prepared.k // chosen.slices)
     return Launch(
         grid=(len(prepared.tiles), chosen.slices),
-        arguments=_arguments(x, prepared, out, bias, z, chosen),
+        arguments=_arguments(x, prepared, out, bias, z, addend, chosen),
         constants={
-            **_constants(1, prepared, bias, rest, chosen),
+            **_constants(prepared, bias, z_slices, rest, addend, chosen),
             "EVEN": prepared.k % chosen.slice_k == 0,
             "UNROLL": gemv_unroll(prepared.k, chosen.slices),
             "BLOCK_K": threads * 8 // TILE,
@@ -156,7 +194,9 @@ def plan_dot(
     target: str,
     *,
     z: Tensor | None = None,
+    z_slices: int = 0,
     rest: bool = False,
+    addend: Addend | None = None,
     dot_dtype: torch.dtype | None = None,
 ) -> Launch:
     """2 to 64 tokens. `dot_dtype`: type of the products, x's by default (Triton's interpreter cannot do bf16)."""
@@ -167,9 +207,9 @@ def plan_dot(
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return Launch(
         grid=(len(prepared.tiles), chosen.slices),
-        arguments={**_arguments(x, prepared, out, bias, z, chosen), "M": m, "stride_x": x.stride(0)},
+        arguments={**_arguments(x, prepared, out, bias, z, addend, chosen), "M": m, "stride_x": x.stride(0)},
         constants={
-            **_constants(m, prepared, bias, rest, chosen),
+            **_constants(prepared, bias, z_slices, rest, addend, chosen),
             "DOT": types[dot_dtype or x.dtype],
             "BLOCK_M": 16 if m <= 16 else 32 if m <= 32 else 64,
             "BLOCK_K": 128 if m <= 32 else 64,
@@ -191,7 +231,13 @@ def plan_reduce(partial: Tensor, bias: Tensor | None, y: Tensor, slices: int) ->
 
 
 def _arguments(
-    x: Tensor, prepared: Prepared, out: Tensor, bias: Tensor | None, z: Tensor | None, chosen: Split
+    x: Tensor,
+    prepared: Prepared,
+    out: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    addend: Addend | None,
+    chosen: Split,
 ) -> dict[str, Any]:
     """What `gemv` and `dot` share. Absent tensors are stood in for by present ones; the constants turn them off."""
     return {
@@ -199,9 +245,10 @@ def _arguments(
         "weight": prepared.weight,
         "thresholds": prepared.thresholds,
         "norms": prepared.thresholds if prepared.norms is None else prepared.norms,
-        "z": prepared.thresholds if z is None or not prepared.rank else z,
+        "z": prepared.thresholds if z is None else z,
         "tiles": prepared.tiles,
         "bias": prepared.thresholds if bias is None else bias,
+        "addend": prepared.thresholds if addend is None else addend.sums,
         "out": out,
         "N": prepared.n,
         "K": prepared.k,
@@ -211,15 +258,17 @@ def _arguments(
     }
 
 
-def _constants(m: int, prepared: Prepared, bias: Tensor | None, rest: bool, chosen: Split) -> dict[str, Any]:
-    z_tiles = len(prepared.parts) * -(-prepared.rank // TILE)
+def _constants(
+    prepared: Prepared, bias: Tensor | None, z_slices: int, rest: bool, addend: Addend | None, chosen: Split
+) -> dict[str, Any]:
     return {
         "PARTS": len(prepared.parts),
         "NORMS": prepared.norms is not None,
         "BIAS": bias is not None,
         "REST": rest,
         "PARTIAL": rest or chosen.slices > 1,
-        "Z_SLICES": split(m, z_tiles, prepared.k).slices if prepared.rank else 0,
+        "Z_SLICES": z_slices,
+        "ADDENDS": 0 if addend is None else addend.slices,
     }
 
 
