@@ -12,6 +12,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
+from .kernels import kernels
 from .plan import plan
 from .recipes import recipes
 
@@ -47,3 +48,4 @@ app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(generate)
 app.command()(recipes)
+app.command()(kernels)
