@@ -145,9 +145,7 @@ def linear(machine: Machine, name: str, config: tuple, branch: int, tokens: int)
                         source = IntegerRows(code, frame, *config)
                     last = code.load(LONG, frame["kept_starts"] + (p * (CHUNKS + 1) + CHUNKS) * 8)
                     rows, values = frame["kept_rows"] + p * k * 8, frame["kept_values"] + p * k * (4 * tokens)
-                    accumulate(
-                        code, source, tokens, rows, values, code.long(0), last, low, high, frame["sums"], pitch
-                    )
+                    accumulate(code, source, tokens, rows, values, code.long(0), last, low, high, frame["sums"], pitch)
                 if branch >= 0:
                     source = Plain(code, branch, frame["U"], frame["columns"] * WIDTH[branch])
                     z = frame["z"] + p * r * (4 * tokens)

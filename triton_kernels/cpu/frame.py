@@ -15,7 +15,7 @@ from llvmlite import ir
 from .code import BYTE, FLOAT, HALF, INT, LONG, POINTER, SHORT, VOID, Code, Value, define, vector
 from .jit import Machine
 
-POOL_FIELDS = ("threads", "parallel", "rank", "size")
+POOL_FIELDS = ("threads", "omp_parallel", "omp_rank", "omp_size")
 FP32, BF16, FP16 = 0, 1, 2
 DTYPES = (FP32, BF16, FP16)
 WIDTH = {FP32: 4, BF16: 2, FP16: 2}
@@ -60,6 +60,7 @@ def program(
     module.triple = machine.triple
     given = (*fields, *POOL_FIELDS)
     names = (*given, "scratch", "status", *locals_)
+    assert len(set(names)) == len(names), f"two fields have one name: {sorted(names)}"
     shares = []
     for number, step in enumerate(steps):
         code = define(module, f"step{number}", VOID, LONG, LONG, LONG)
@@ -96,14 +97,14 @@ def _on_team(code: Code, frame: Frame, share: ir.Function) -> None:
     region = define(code.module, f"{share.name}.region", VOID, POINTER)
     base = Value(region, region.builder.ptrtoint(region.arguments[0].raw, LONG))
     inner = Frame(region, base, frame.names)
-    rank, size = (region.call_address(inner[name], INT).convert(LONG) for name in ("rank", "size"))
+    rank, size = (region.call_address(inner[name], INT).convert(LONG) for name in ("omp_rank", "omp_size"))
     region.call(share, base, rank, size)
     region.done()
     with code.builder.if_else(frame["threads"].compare(">", 1).raw) as (many, one):
         with many:
             pointer = Value(code, code.builder.inttoptr(frame.base.raw, POINTER))
             threads, flags = frame["threads"].convert(INT), code.constant(INT, 0)
-            code.call_address(frame["parallel"], VOID, Value(code, region.function), pointer, threads, flags)
+            code.call_address(frame["omp_parallel"], VOID, Value(code, region.function), pointer, threads, flags)
         with one:
             code.call(share, frame.base, code.long(0), code.long(1))
 
@@ -145,7 +146,7 @@ def store_floats(code: Code, dtype: int, value: Value, address: Value) -> None:
 def read_rows(code: Code, frame: Frame, target: Value) -> None:
     """Convert the activations x `[m, k]` to fp32 at `target`, each row as the kernel's `span` and `stride` say.
 
-    A row is cut into runs of "span" numbers; each lies at a multiple of "stride", zeros between. Rows are "padded"
+    A row is cut into runs of "span" numbers; each lies at a multiple of "stride", zeros between. Rows are `row_pitch`
     apart.
     """
     dtype, k, span, stride, padded = (frame[name] for name in ("dtype", "k", "span", "stride", "padded"))
@@ -153,7 +154,7 @@ def read_rows(code: Code, frame: Frame, target: Value) -> None:
     with code.loop(0, frame["m"]) as m, code.loop(0, padded // stride) as run:
         start = run * span
         count = code.maximum(code.minimum(k - start, span), code.long(0))
-        place = target + (m * padded + run * stride) * 4
+        place = target + (m * row_pitch(frame) + run * stride) * 4
         read_floats(code, dtype, frame["x"] + (m * k + start) * width, place, count)
         with code.loop(count, stride) as i:
             code.store(code.constant(FLOAT, 0.0), place + i * 4)
@@ -171,6 +172,11 @@ def write_sums(code: Code, frame: Frame, sums: Value, start: Value, stop: Value)
     with code.loop(0, frame["m"]) as m:
         place = m * n + start
         write_floats(code, dtype, sums + place * 4, frame["bias"], start, frame["y"] + place * width, stop - start)
+
+
+def row_pitch(frame: Frame) -> Value:
+    """Numbers from one token's fp32 activations to the next's: not a power of two, or all would share cache sets."""
+    return frame["padded"] + 2 * LANES
 
 
 def read_floats(code: Code, dtype: Value, source: Value, target: Value, count: Value) -> None:

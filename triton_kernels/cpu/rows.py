@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from . import decoders
 from .code import FLOAT, LONG, Code, Value, Variable, vector
-from .frame import LINE, ONCE, TEAM, Frame, Step, program, read_rows, round_up, share_of, write_floats, write_sums
+from .frame import (
+    LINE,
+    ONCE,
+    TEAM,
+    Frame,
+    Step,
+    program,
+    read_rows,
+    round_up,
+    row_pitch,
+    share_of,
+    write_floats,
+    write_sums,
+)
 from .jit import Machine
 
 DECODERS = {
@@ -35,7 +48,7 @@ def linear(machine: Machine, name: str, config: tuple, tokens: int) -> tuple[str
         read_rows(code, frame, frame["scratch"])
 
     def rows(code: Code, frame: Frame, rank: Value, size: Value) -> None:
-        x, padded, n = frame["scratch"], frame["padded"], frame["n"]
+        x, pitch, n = frame["scratch"], row_pitch(frame), frame["n"]
         sums = x + _activation_bytes(code, frame)
         start, stop = share_of(code, n, rank, size)
         zero = code.constant(vector(FLOAT, decoder.lanes), 0.0)
@@ -46,7 +59,7 @@ def linear(machine: Machine, name: str, config: tuple, tokens: int) -> tuple[str
 
                 def emit(position: Value, weights: Value, slot: int, parts: dict = parts, chunk: range = chunk) -> None:
                     for m in chunk:
-                        token = code.load(weights.type, x + (padded * m + position) * 4)
+                        token = code.load(weights.type, x + (pitch * m + position) * 4)
                         part: Variable = parts[m, slot]
                         part.set(code.fma(weights, token, part.get()))
 
@@ -96,4 +109,4 @@ def expand(machine: Machine, name: str, config: tuple) -> tuple[str, int]:
 
 
 def _activation_bytes(code: Code, frame: Frame) -> Value:
-    return round_up(frame["m"] * frame["padded"] * 4, LINE)
+    return round_up(frame["m"] * row_pitch(frame) * 4, LINE)

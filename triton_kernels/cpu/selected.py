@@ -127,5 +127,7 @@ def _dense_rows(prepared: Columns, part: int, rows: slice) -> Tensor:
         return dense[rows].float()
     offset = part * k if weight.n > k else 0
     return matmul.dense_rows(
-        weight._replace(k=weight.padded, span=weight.stride), torch.arange(rows.start, rows.stop) + offset, torch.float32
+        weight._replace(k=weight.padded, span=weight.stride),
+        torch.arange(rows.start, rows.stop) + offset,
+        torch.float32,
     )

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import two_four_int4
-from ..formats import integers
+from ..formats import integers, two_four_int4
 from ..formats.bits import pack_nibbles, unpack_nibbles
 from . import matmul
 from .int4 import gather, pack_planes, spread, unpack_planes
