@@ -30,7 +30,9 @@ def sweep_and_descend(
     """Codes whose outputs come closest to those of `target` `[N, K]`, found by a sweep over `start` `[N, K]` (fp32).
 
     `start` is `target`, or its least-squares approximation under the mask that `choose` will return. `hessian` `[K, K]`
-    has a positive diagonal. Without `inside_order` the columns of a group stay in place. Raises HessianError.
+    has a positive diagonal; it is used as scratch and restored. Without `inside_order` the columns of a group stay in
+    place. The stats hold relative calibration errors: of `start` when it is not `target` (`error_pruned`), after the
+    sweep (`error_swept`), and in the end (`error`). Raises HessianError.
     """
     allowed = CodeRange.of(settings.bits, settings.symmetric)
     order, spans = group_order(hessian.diagonal(), settings.group_size, settings.activation_order, inside_order)
@@ -45,11 +47,13 @@ def sweep_and_descend(
         block_size=settings.block_size,
         choose=None if choose is None else choose(upper, order, spans),
     )
-    del upper  # for large K the memory matters
-    hessian = hessian.clone()
-    wanted = _power(target, hessian)
-    stats = {"damping": damping, "error_swept": _power(target - swept.weight, hessian) / wanted if wanted else 0.0}
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    del upper
+    stats = {"damping": damping}
+    if start is not target:
+        stats["error_pruned"] = relative_loss(target, start, hessian)
+    stats["error_swept"] = relative_loss(target, swept.weight, hessian)
+    undamped = hessian.diagonal().clone()
+    hessian.diagonal().add_(damping * undamped.mean())
     codes, grid = descend(
         target,
         hessian,
@@ -60,11 +64,14 @@ def sweep_and_descend(
         group_size=settings.group_size,
         rounds=settings.descents,
     )
+    hessian.diagonal().copy_(undamped)
     spread = torch.arange(target.shape[1], device=target.device) // settings.group_size
     weight = grid_values(codes, Grid(grid.scales[:, spread], grid.zeros[:, spread]))
+    stats["error"] = relative_loss(target, weight, hessian)
     return PruneResult(weight, swept.mask, stats, as_quantized(codes, grid, allowed))
 
 
-def _power(weight: Tensor, hessian: Tensor) -> float:
-    """Mean squared output of `weight` `[N, K]`, summed over rows."""
-    return float(((weight @ hessian) * weight).sum())
+def relative_loss(target: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """||x (weight - target)^T||^2 / ||x target^T||^2 on the calibration inputs; 0 when both are zero."""
+    wanted, delta = float(((target @ hessian) * target).sum()), weight - target
+    return float(((delta @ hessian) * delta).sum()) / wanted if wanted else 0.0
