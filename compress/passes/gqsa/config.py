@@ -89,11 +89,11 @@ class GQSAConfig(ADMMSettings, SweepSettings):
         kept = self.kept_groups(shape)
         if kept == 0:
             raise ValueError(f"density {self.kept:g} keeps none of its {-(-shape[1] // self.group)} groups per row")
-        segments = self.segments
+        segments: int | str = self.segments
         if segments == "auto":
             row_parallel = name.rpartition(".")[2] in ROW_PARALLEL and self.balance == "row"
             segments = choose_segments(shape[1], self.group, kept) if row_parallel else 1
-        elif kept % segments or shape[1] % (self.group * segments):
+        elif kept % int(segments) or shape[1] % (self.group * int(segments)):
             raise ValueError(f"{segments} segments do not split its {shape[1]} inputs and {kept} kept groups evenly")
         return self.model_copy(update={"segments": segments})
 
