@@ -100,3 +100,11 @@ class Kernel:
         self.jit()[launch.grid](
             **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
         )
+
+
+def device_target(device: torch.device) -> str:
+    """`sm_90`, `gfx942` and the like for a CUDA or ROCm device."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -101,7 +101,12 @@ def decode4(words, low, high, BF16: tl.constexpr):
     else:
         text: tl.constexpr = _DECODE4_FP16
     return tl.inline_asm_elementwise(
-        text, _DECODE4_CONSTRAINTS, [words, low, high], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4
+        text,
+        _DECODE4_CONSTRAINTS,
+        [words, low, high],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=4,
     )
 
 
@@ -121,13 +126,14 @@ def decode8(words, low, high, BF16: tl.constexpr):
 def zero_constants(low, high, BITS: tl.constexpr, BF16: tl.constexpr):
     """Zero points (int32) of rows g and g + 8 -> the register pairs that `decode4` or `decode8` add."""
     if BITS == 8 and BF16:  # -(2^23 + z), fp32
-        return low | -889192448, high | -889192448
-    if BF16:  # -(128 + z), twice
-        return low * 65537 | -1023360256, high * 65537 | -1023360256
-    if BITS == 8:  # -(1024 + z), twice
-        return low * 65537 | -469703680, high * 65537 | -469703680
-    # -(1024 + z) and -(64 + z): the high row's nibbles are decoded times 16
-    return low * 65537 | -469703680, high * 1048592 | -738143232
+        constants = low | -889192448, high | -889192448
+    elif BF16:  # -(128 + z), twice
+        constants = low * 65537 | -1023360256, high * 65537 | -1023360256
+    elif BITS == 8:  # -(1024 + z), twice
+        constants = low * 65537 | -469703680, high * 65537 | -469703680
+    else:  # -(1024 + z) and -(64 + z): the high row's nibbles are decoded times 16
+        constants = low * 65537 | -469703680, high * 1048592 | -738143232
+    return constants
 
 
 @triton.jit

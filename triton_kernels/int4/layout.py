@@ -60,9 +60,7 @@ def kernel_group(group_size: int, columns: int) -> int:
     raise FormatError(f"GPU kernels need groups of a multiple of {GROUPS[-1]} columns, got {group_size}")
 
 
-def prepared_shapes(
-    shape: tuple[int, ...], *, bits: int, group: int, symmetric: bool
-) -> dict[str, tuple[int, ...]]:
+def prepared_shapes(shape: tuple[int, ...], *, bits: int, group: int, symmetric: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a `Prepared` weight `[..., N, K]`; `group` as from `kernel_group`."""
     *lead, rows, columns = shape
     tiles = -(-rows // ROWS)
@@ -97,30 +95,34 @@ def prepare(packed: Integers, *, bits: int, group_size: int, columns: int) -> Pr
     )
 
 
-def restore(prepared: Prepared) -> Quantized:
-    """The codes `[..., N, K]`, and scales and zeros per kernel group: the inverse of `prepare` up to cut groups."""
+def restore(prepared: Prepared, *, group_size: int) -> Integers:
+    """Inverse of `prepare`: the file's tensors, whose groups have `group_size` columns."""
     bits, rows, columns = prepared.bits, prepared.rows, prepared.columns
-    count = -(-columns // prepared.group) if prepared.group else 1
     part = prepared.codes.contiguous().view(torch.uint8)
     if bits == 4:
-        part = torch.stack((part & 15, part >> 4), -1)
-        part = part.unflatten(-2, (8, 4, 2, 2, 2, 2)).flatten(-1)  # tiles, chunks, g, t, p, q, h, c, half
-        codes = _move(part, "TCgtpqhcH", "THgCptqch").flatten(-9, -7).flatten(-6)
+        nibbles = torch.stack((part & 15, part >> 4), -1)
+        split = nibbles.flatten(-2).unflatten(-1, (8, 4, 2, 2, 2, 2, 2))  # tiles, chunks, g, t, p, q, h, c, half
+        codes = _move(split, "TCgtpqhcH", "THgCptqch").flatten(-6)
     else:
-        part = part.unflatten(-1, (8, 4, 4, 2, 2))  # tiles, blocks, g, t, i, half, h
-        codes = _move(part, "TBgtiHh", "THgBtih").flatten(-7, -5).flatten(-4)
-    scales = _move(prepared.scales.contiguous().view(torch.int16).unflatten(-1, (4, 2)), "TQgjH", "THgQj")
-    scales = scales.flatten(-5, -3).flatten(-2)[..., :rows, :count]
+        split = part.unflatten(-1, (8, 4, 4, 2, 2))  # tiles, blocks, g, t, i, half, h
+        codes = _move(split, "TBgtiHh", "THgBtih").flatten(-4)
+    codes = codes.flatten(-4, -2)[..., :rows, :columns]
+    scales = prepared.scales.contiguous().view(torch.int16).unflatten(-1, (4, 2))
     zeros = None
     if prepared.zeros is not None:
-        part = prepared.zeros.contiguous()[..., None].view(torch.uint8)
-        if bits == 4:
-            part = torch.stack((part & 15, part >> 4), -1)
-            zeros = _move(part, "TQgjH", "THgQj")
-        else:
-            zeros = _move(part, "TQgHj", "THgQj")
-        zeros = zeros.flatten(-5, -3).flatten(-2)[..., :rows, :count].contiguous()
-    return Quantized(codes[..., :rows, :columns].contiguous(), from_bits(scales.contiguous()), zeros)
+        bytes_ = prepared.zeros.contiguous()[..., None].view(torch.uint8)
+        pairs = torch.stack((bytes_ & 15, bytes_ >> 4), -1) if bits == 4 else bytes_.transpose(-1, -2)
+        zeros = _rows(pairs, prepared, group_size)
+    quantized = Quantized(codes.contiguous(), from_bits(_rows(scales, prepared, group_size)), zeros)
+    return integers.pack(quantized, bits=bits, group_size=group_size)
+
+
+def _rows(per_group: Tensor, prepared: Prepared, group_size: int) -> Tensor:
+    """`[..., tiles, quads, g, j, half]` -> `[..., N, J]` with one entry per group of the file."""
+    wide = _move(per_group, "TQgjH", "THgQj").flatten(-5, -3).flatten(-2)
+    step = group_size // prepared.group if prepared.group else 1
+    count = -(-prepared.columns // group_size)
+    return wide[..., : prepared.rows, ::step][..., :count].contiguous()
 
 
 def _order_codes(codes: Tensor, bits: int) -> Tensor:
