@@ -73,7 +73,7 @@ def compress_checkpoint(
     windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
     del tokenizer
     release_memory()
-    settings = (recipe.to_yaml(), str(walker.dtype), where.type, str(bf16_statistics(walker)))
+    settings = (recipe.to_yaml(), str(walker.dtype), where.type, str(bf16_calibration(walker)))
     identity = fingerprint(checkpoint, [*windows.calibration, *windows.dev], *settings)
     journal = Journal(partial, identity, fresh)
     run = _Run(walker, stages, windows, journal, progress)
@@ -141,7 +141,7 @@ class _Run:
         self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
         self.dev_dense: list[Tensor] = []  # ... and of the dense one
         self.tensors = walker.stored()
-        self.bf16_statistics = bf16_statistics(walker)
+        self.bf16_calibration = bf16_calibration(walker)
         self.layers: list[LayerReport] = []
 
     def all_blocks(self) -> int:
@@ -176,15 +176,17 @@ class _Run:
                 del packed
                 self.journal.record(part, layers=[layer.model_dump() for layer in layers])
                 self.layers += layers
-            self._propagate(index, block, self.hidden)
+            if index + 1 < walker.n_blocks:  # nobody calibrates on the last block's outputs
+                self._propagate(index, block, self.hidden, self.bf16_calibration)
             self._propagate(index, block, self.dev)
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
         return entry is not None
 
-    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
+    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor], bf16: bool = False) -> None:
         """Replace the block's inputs in `stream` by its outputs."""
         for x in stream:
-            x.copy_(self.walker.run(index, block, x))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                x.copy_(self.walker.run(index, block, x))
 
     def _solve(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
@@ -199,7 +201,7 @@ class _Run:
         hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in linears)
 
         def forward(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_statistics):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_calibration):
                 return walker.run(index, block, x)
 
         statistics = collect(linears, hessian, forward, self.hidden)
@@ -303,11 +305,11 @@ def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
     return lost / wanted if wanted else 0.0
 
 
-def bf16_statistics(walker: BlockWalker) -> bool:
-    """Whether calibration passes multiply in bf16 although blocks compute in fp32: on CPUs with bf16 instructions.
+def bf16_calibration(walker: BlockWalker) -> bool:
+    """Whether calibration windows are multiplied in bf16 while blocks compute in fp32: on CPUs with bf16 instructions.
 
     The weights are bf16 already, and rounding an input by 2^-9 changes its second moments far less than the choice of
-    calibration text does; the outputs that propagate stay fp32.
+    calibration text does; the residual stream stays fp32, and so do the dev windows that are verified and scored.
     """
     if walker.device.type != "cpu" or walker.dtype != torch.float32:
         return False

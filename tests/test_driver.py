@@ -491,23 +491,21 @@ def test_a_file_in_the_way_is_refused(dense: Path, small_recipe: Recipe, tmp_pat
 def test_a_verification_mismatch_publishes_nothing(
     dense: Path, whole: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = 0
-    pack = driver.pack_weight
+    parts = 0
+    write = driver.writer.write_part
 
-    def corrupt(*arguments: Any) -> dict[str, Tensor]:
-        nonlocal packed
-        packed += 1
-        tensors = pack(*arguments)
-        if packed == 10:
-            tensors["values"] *= 1.5
-        return tensors
+    def corrupt(path: Path, tensors: dict[str, Tensor]) -> None:
+        nonlocal parts
+        parts += 1
+        wrong = {name: 1.5 * t if name.endswith("values") and parts == 2 else t for name, t in tensors.items()}
+        write(path, wrong)
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "pack_weight", corrupt)
+        patch.setattr(driver.writer, "write_part", corrupt)
         message = fails(RunError, dense, small_recipe, tmp_path / "out")
     assert "not published" in message
     assert [f.name for f in tmp_path.iterdir()] == ["out.partial"]
-    # What was packed wrongly must not come back through the journal.
+    # What was written wrongly must not come back through the journal.
     compress_checkpoint(dense, small_recipe, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
 
