@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from ..serving.errors import InputError
 from . import options
@@ -71,6 +72,7 @@ def _show(result: Survey) -> None:
     """One table per model and linear shape; linears of one shape share a row."""
     headers = ["linear", "N x K", "M", "op", "MB", "over min", "regs", "warps/SM", "KB in flight", "instr/weight"]
     headers += ["bound", "modelled us", "dense us", "int4 us"]
+    wide = Console(width=max(out.width, _WIDTH))  # folded into 80 columns nobody can read it
     for model in dict.fromkeys(row.model for row in result.rows):
         shown = table(f"{model} on {result.gpu}, {result.rows[0].dtype}: times are {result.times}", *headers, left=2)
         alike: dict[tuple[object, ...], list[Row]] = {}
@@ -95,7 +97,7 @@ def _show(result: Survey) -> None:
                 f"{row.dense_us:.1f}",
                 "-" if row.int4_us is None else f"{row.int4_us:.1f}",
             )
-        out.print(shown, width=max(out.width, _WIDTH), crop=False, no_wrap=True)  # a folded row cannot be read
+        wide.print(shown)
     say("dense us: an ideal kernel that streams the 16-bit weight; int4 us: dense int4 in groups of 128.")
     say("input_select ops: every token uses half of the inputs; tokens choose independently.")
     if not all(row.metered for row in result.rows):

@@ -6,9 +6,9 @@ from importlib import import_module
 
 import torch
 
-from .launch import Kernel, Shape
+from .launch import Kernel, Launch, Shape
 
-OPS: tuple[str, ...] = ("two_four",)
+OPS: tuple[str, ...] = ("two_four", "two_four_int4", "int4", "input_select")
 
 
 def kernels(op: str | None = None) -> tuple[Kernel, ...]:
@@ -19,12 +19,14 @@ def kernels(op: str | None = None) -> tuple[Kernel, ...]:
     return tuple(kernel for module in modules for kernel in module.KERNELS)
 
 
-def steps(op: str, shape: Shape, dtype: torch.dtype, target: str) -> tuple[Kernel, ...]:
-    """The kernels that the operator's heuristics launch, in order, for a linear of this shape; usually one.
+def steps(op: str, shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[Kernel, Launch]]:
+    """The launches that the operator makes for a linear of this shape, in order, on meta tensors; usually one.
 
-    An operator module either chooses a single kernel (`choose`) or names its launches (`steps`). Raises LookupError
+    An operator module either chooses a single kernel (`choose`) or lists its launches (`steps`). Raises LookupError
     where it would run a dense matmul.
     """
-    module, known = import_module(f".{op}.op", __package__), {kernel.name: kernel for kernel in kernels(op)}
-    names = module.steps(shape, dtype, target) if hasattr(module, "steps") else (module.choose(*shape, dtype, target),)
-    return tuple(known[f"{op}.{name}"] for name in names)
+    module, known = import_module(f".{op}.op", __package__), {kernel.name: kernel for kernel in kernels()}
+    if hasattr(module, "steps"):
+        return [(known[name], launch) for name, launch in module.steps(shape, dtype, target)]
+    kernel = known[f"{op}.{module.choose(*shape, dtype, target)}"]
+    return [(kernel, kernel.example(shape, dtype, target))]

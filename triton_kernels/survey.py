@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel
 
 from . import cost, registry
-from .launch import Kernel, Shape
+from .launch import Kernel, Launch, Shape
 
 TOKENS = (1, 2, 4, 8)
 NARROW = 64
@@ -195,23 +195,26 @@ def facts_of(case: Case, gpu: cost.GPU) -> Facts:
     share = read_share(case.op, case.shape.m)
     launches, names, total, least, instructions = [], [], 0.0, 0.0, 0.0
     metered = True
-    for kernel in registry.steps(case.op, case.shape, dtype, gpu.target):
-        launch = kernel.example(case.shape, dtype, gpu.target)
+    weights = 0
+    for kernel, launch in registry.steps(case.op, case.shape, dtype, gpu.target):
         binary = aot.compile_launch(kernel.jit(), launch, gpu.target)
         weight_bytes = kernel.weight_bytes(case.shape, dtype)
-        unread = (1 - share) * weight_bytes
-        excess = reread_per_program(kernel, case.shape, dtype, gpu.target)
-        metered &= excess is not None
-        size = kernel.bytes(case.shape, dtype) - unread
+        if weight_bytes:
+            unread = (1 - share) * weight_bytes
+            size, minimum = (formula(case.shape, dtype) - unread for formula in (kernel.bytes, kernel.minimum_bytes))
+            excess = reread_per_program(kernel, case.shape, dtype, gpu.target)
+            metered &= excess is not None
+        else:  # such as the sum of partial results: reads and writes each of its tensors once
+            size = minimum = argument_bytes(launch)
+            excess = 0.0
         l2_bytes = size + (excess or 0.0) * launch.programs
         prediction = cost.predict(binary, launch, gpu, round(size), round(l2_bytes), weight_bytes)
         launches.append((prediction, binary))
         names.append(kernel.name)
-        total += size
-        least += kernel.minimum_bytes(case.shape, dtype) - unread
+        total, least = total + size, least + minimum
         threads = launch.programs * launch.num_warps * 32
         instructions += binary.sass.instructions_per_thread(weight_bytes / threads) * threads
-    weights = max(kernel.weights(case.shape) for kernel in registry.steps(case.op, case.shape, dtype, gpu.target))
+        weights = max(weights, kernel.weights(case.shape))
     longest = max((prediction for prediction, _ in launches), key=lambda prediction: prediction.microseconds)
     return Facts(
         kernels=tuple(names),
@@ -226,6 +229,12 @@ def facts_of(case: Case, gpu: cost.GPU) -> Facts:
         microseconds=sum(prediction.microseconds for prediction, _ in launches),
         bound=longest.bound,
     )
+
+
+def argument_bytes(launch: Launch) -> int:
+    """Bytes of the launch's distinct tensors."""
+    tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def reread_per_program(kernel: Kernel, shape: Shape, dtype: torch.dtype, target: str) -> float | None:

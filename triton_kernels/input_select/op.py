@@ -141,6 +141,13 @@ def example_prepared(
     return layout.prepare(weight, InputSelection(**tensors))
 
 
+def steps(shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[str, Launch]]:
+    """The launches of a linear of this shape without a branch, in order, by the kernels' names, on meta tensors."""
+    x = torch.empty((shape.m, shape.k), dtype=dtype, device="meta")
+    launches = plan(x, example_prepared(shape, dtype), x.new_empty((shape.m, shape.n)), None, target)
+    return [(f"input_select.{name}", launch) for name, launch in launches]
+
+
 def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str, device: str = "meta") -> Launch:
     """The launch of one step of `plan` that reads every row, without a branch; `rest_` ones into EXAMPLE_RANK."""
     rest = kernel.startswith("rest")
