@@ -35,7 +35,7 @@ from halfweight.triton_kernels.formats.integers import Quantized
 
 pytestmark = pytest.mark.skipif(not jit.available()[0], reason=jit.available()[1])
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)
-FEW = (1, 5, 8, 9)
+FEW = (1, 3, 9)
 TOLERANCE = 1e-6
 # what each dtype's rounding of y costs
 ROUNDING = {torch.float32: TOLERANCE, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -250,7 +250,7 @@ def test_a_token_depends_on_neither_the_others_nor_the_threads(name: str, monkey
     monkeypatch.setattr(jit, "BYTES_PER_THREAD", 1)
     x = torch.randn(8, case.k, generator=seeded())
     everyone = case.run(x, None)
-    for m in range(1, 8):
+    for m in (1, 3, 6):
         assert torch.equal(case.run(x[:m], None), everyone[:m])
     assert torch.equal(torch.cat([case.run(x[m : m + 1], None) for m in range(8)]), everyone)
     for threads in (2, 3):
@@ -348,25 +348,26 @@ def test_values_a_group_does_not_keep_are_not_read() -> None:
         assert bool(case.run(x, None)[0, row].isfinite())
 
 
-@pytest.mark.parametrize("rank", [0, 1, 20])
-@pytest.mark.parametrize("widths", [[70], [33, 20, 17], [1, 64]])
+@pytest.mark.parametrize("rank", [0, 20])
+@pytest.mark.parametrize("widths", [[70], [33, 1, 36]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_selected_inputs(dtype: torch.dtype, widths: list[int], rank: int) -> None:
     check(select_case(101, widths, norms=rank > 1, rank=rank, dtype=dtype), FEW)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("widths", [[70], [33, 20, 17]])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 8), (4, 16), (4, 32), (4, 128), (8, 16), (8, 64), (4, 48)])
-def test_selected_inputs_of_integers(bits: int, group_size: int, widths: list[int], symmetric: bool) -> None:
-    check(select_case(53, widths, "integers", rank=3, bits=bits, group_size=group_size, symmetric=symmetric), (1, 3, 9))
+def test_selected_inputs_of_integers(bits: int, group_size: int, symmetric: bool) -> None:
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    check(select_case(53, [70], "integers", **options), (1, 9))
+    check(select_case(53, [33, 20, 17], "integers", **options), (1, 9))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("widths", [[70], [33, 20, 17]])
 @pytest.mark.parametrize("group_size", groups.SIZES)
-def test_selected_inputs_of_groups(group_size: int, widths: list[int], symmetric: bool) -> None:
-    check(select_case(53, widths, "groups", rank=3, group_size=group_size, symmetric=symmetric), (1, 3, 9))
+def test_selected_inputs_of_groups(group_size: int, symmetric: bool) -> None:
+    for widths in ([70], [33, 20, 17]):
+        check(select_case(53, widths, "groups", group_size=group_size, symmetric=symmetric), (1, 9))
 
 
 def test_selected_outputs_beyond_one_cached_block() -> None:
@@ -422,6 +423,10 @@ def test_shapes_of_activations() -> None:
     assert torch.equal(case.run(x[:, :, 0], None).flatten(0, 1), case.run(x[:, :, 0].reshape(6, -1), None))
     assert case.run(torch.randn(0, case.k), None).shape == (0, case.n)
     assert case.run(torch.randn(case.k), None).shape == (case.n,)
+    with pytest.raises(ValueError, match=r"got torch.float32 \[3, 5\]"):
+        case.run(torch.randn(3, 5), None)
+    with pytest.raises(ValueError, match="float64"):
+        case.run(torch.randn(3, case.k).double(), None)
 
 
 def test_numbers_that_cannot_be_rounded_survive() -> None:
@@ -445,7 +450,7 @@ def test_other_machines_compute_the_same(name: str, monkeypatch: pytest.MonkeyPa
     jit.kernel.cache_clear()
     try:
         assert torch.equal(case.run(x, None), here)
-        check(case, (1, 8, 9))
+        check(case, (1, 9))
     finally:
         jit.kernel.cache_clear()
 

@@ -138,6 +138,7 @@ def linear(machine: Machine, name: str, config: tuple, branch: int, tokens: int)
                 else:
                     for m in range(tokens):
                         _zero(code, frame["sums"] + pitch * m + low * 4, high - low)
+                    source: Plain | IntegerRows
                     if name == "plain":
                         (dtype,) = config
                         source = Plain(code, dtype, frame["weights"], frame["columns"] * WIDTH[dtype])
@@ -147,10 +148,10 @@ def linear(machine: Machine, name: str, config: tuple, branch: int, tokens: int)
                     rows, values = frame["kept_rows"] + p * k * 8, frame["kept_values"] + p * k * (4 * tokens)
                     accumulate(code, source, tokens, rows, values, code.long(0), last, low, high, frame["sums"], pitch)
                 if branch >= 0:
-                    source = Plain(code, branch, frame["U"], frame["columns"] * WIDTH[branch])
+                    branch_rows = Plain(code, branch, frame["U"], frame["columns"] * WIDTH[branch])
                     z = frame["z"] + p * r * (4 * tokens)
                     accumulate(
-                        code, source, tokens, frame["order"], z, code.long(0), r, low, high, frame["sums"], pitch
+                        code, branch_rows, tokens, frame["order"], z, code.long(0), r, low, high, frame["sums"], pitch
                     )
                 _write(code, frame, tokens, part, low, high)
 

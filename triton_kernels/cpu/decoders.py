@@ -1,4 +1,4 @@
-"""How each CPU layout's rows become fp32 weights, a vector at a time. The layouts are documented beside their `prepare`.
+"""How the rows of each CPU layout become fp32 weights, a vector at a time; each layout is described at its `prepare`.
 
 A decoder's `row` visits one row and calls `emit(position, weights, slot)`: `weights` belong to the activations from
 `position` on. Slots 0 and 1 mark weights that are independent of each other, so that their sums can overlap.
@@ -10,7 +10,7 @@ inverse of its scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .code import BIT, BYTE, FLOAT, INT, LONG, SHORT, Code, Value, vector
@@ -167,9 +167,9 @@ def _expand_bytes() -> bytes:
 Scales = list[tuple[Value, Value]]
 
 
-def _blocks(  # type: ignore[no-untyped-def]
+def _blocks(
     code: Code, frame: Frame, row: Value, stride: int, block: int, symmetric: bool, middle: float = 8.0
-):
+) -> Iterator[tuple[Value, Scales]]:
     """Visit a row in blocks: the first column, and scale and zero point of both halves.
 
     Groups are whole blocks (`stride` is a multiple of `block`) or half a block each.
@@ -183,8 +183,8 @@ def _blocks(  # type: ignore[no-untyped-def]
     with code.loop(0, padded, stride) as group:
         scales = [_scale(code, frame, row * (padded // stride) + group // stride, symmetric, middle)] * 2
         if stride <= 4 * block:
-            for start in range(0, stride, block):
-                yield group + start, scales
+            for offset in range(0, stride, block):
+                yield group + offset, scales
         else:
             with code.loop(group, group + stride, block) as start:
                 yield start, scales

@@ -38,7 +38,10 @@ def prepare(packed: groups.Groups, columns: int, *, segments: int = 1) -> GroupI
     """From a matrix `[R, C]` of `formats.groups`, C = `columns`, which must have passed its `validate`."""
     kept = groups.unpack(packed, columns, segments=segments)
     rows, count = kept.numbers.shape
-    flat = groups.KeptGroups(*(None if t is None else t.flatten(0, 1) for t in kept))  # type: ignore[arg-type]
+    assert kept.zeros is not None
+    flat = groups.KeptGroups(
+        kept.codes.flatten(0, 1), kept.scales.flatten(), kept.zeros.flatten(), kept.numbers.flatten()
+    )
     return _prepare(flat, torch.arange(rows + 1) * count, columns)
 
 
@@ -50,13 +53,11 @@ def prepare_layer(packed: groups_layer.LayerGroups, columns: int) -> GroupInt4:
 
 def restore(prepared: GroupInt4, *, segments: int = 1) -> groups.Groups:
     """Inverse of `prepare`."""
-    entries, row_start = _restore(prepared)
-    rows = len(row_start) - 1
-    return groups.pack(
-        groups.KeptGroups(*(None if t is None else t.unflatten(0, (rows, -1)) for t in entries)),  # type: ignore
-        prepared.columns,
-        segments=segments,
-    )
+    (codes, scales, zeros, numbers), row_start = _restore(prepared)
+    assert zeros is not None
+    shape = (len(row_start) - 1, int(row_start[1]))
+    kept = groups.KeptGroups(codes.view(*shape, -1), scales.view(shape), zeros.view(shape), numbers.view(shape))
+    return groups.pack(kept, prepared.columns, segments=segments)
 
 
 def restore_layer(prepared: GroupInt4) -> groups_layer.LayerGroups:

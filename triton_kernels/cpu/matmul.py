@@ -39,21 +39,22 @@ def linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
 
     Up to 8 tokens the result of one depends on it alone, bit for bit: not on the others, nor on the number of threads.
     """
-    shape = (*x.shape[:-1], rows.n)
-    x = x.reshape(-1, rows.k).contiguous()
+    # Called for every linear of every token: no tensor operation that is not needed.
+    if x.shape[-1] != rows.k or x.dtype not in DTYPES:
+        raise ValueError(f"activations must be fp32, bf16 or fp16 [..., {rows.k}], got {x.dtype} {list(x.shape)}")
+    tokens = x.numel() // rows.k
+    x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    if len(x) > MAX_TOKENS:
-        return _dense_linear(rows, x, bias).view(shape)
-    y = x.new_empty(len(x), rows.n)
-    if len(x) and rows.n:
-        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, len(x))
-        sizes = (len(x), rows.n, rows.k, rows.span, rows.stride, rows.padded)
+    if tokens > MAX_TOKENS:
+        return _dense_linear(rows, x.reshape(tokens, rows.k), bias).view(*x.shape[:-1], rows.n)
+    y = x.new_empty((*x.shape[:-1], rows.n))
+    if tokens and rows.n:
+        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, tokens)
+        sizes = (tokens, rows.n, rows.k, rows.span, rows.stride, rows.padded)
         where = 0 if bias is None else bias.data_ptr()
-        jit.run(
-            kernel, weight_bytes(rows), x.data_ptr(), y.data_ptr(), where, DTYPES[x.dtype], *sizes, *_addresses(rows)
-        )
-    return y.view(shape)
+        jit.run(kernel, main_bytes(rows), x.data_ptr(), y.data_ptr(), where, DTYPES[x.dtype], *sizes, *_addresses(rows))
+    return y
 
 
 def dense_rows(rows: Rows, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,6 +66,11 @@ def dense_rows(rows: Rows, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         sizes = (len(flat), rows.n, DTYPES[dtype], rows.k, rows.span, rows.stride, rows.padded)
         jit.run(kernel, 4 * y.numel(), y.data_ptr(), flat.data_ptr(), *sizes, *_addresses(rows))
     return y.view(*numbers.shape, rows.k)
+
+
+def main_bytes(rows: Rows) -> int:
+    """Bytes of the weight's codes or values: a measure of the work, quick to get."""
+    return 0 if rows.tensors[0] is None else rows.tensors[0].nbytes
 
 
 def weight_bytes(rows: Rows) -> int:

@@ -75,27 +75,29 @@ def linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
     not read. Up to 8 tokens the result of one depends on it alone, bit for bit: not on the others, nor on the number
     of threads.
     """
-    shape = (*x.shape[:-1], prepared.n)
-    x = x.reshape(-1, prepared.k).contiguous()
+    if x.shape[-1] != prepared.k or x.dtype not in DTYPES:
+        raise ValueError(f"activations must be fp32, bf16 or fp16 [..., {prepared.k}], got {x.dtype} {list(x.shape)}")
+    tokens = x.numel() // prepared.k
+    x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    if len(x) > MAX_TOKENS:
-        return _dense_linear(prepared, x, bias).view(shape)
-    y = x.new_empty(len(x), prepared.n)
-    if len(x) and prepared.n:
+    if tokens > MAX_TOKENS:
+        return _dense_linear(prepared, x.reshape(tokens, prepared.k), bias).view(*x.shape[:-1], prepared.n)
+    y = x.new_empty((*x.shape[:-1], prepared.n))
+    if tokens and prepared.n:
         weight, (thresholds, norms, V, U) = prepared.weight, prepared.selection
         branch = -1 if V is None else DTYPES[V.dtype]
-        kernel = jit.kernel("columns", "linear", weight.decoder, weight.config, branch, len(x))
+        kernel = jit.kernel("columns", "linear", weight.decoder, weight.config, branch, tokens)
         addresses = (0 if t is None else t.data_ptr() for t in (thresholds, norms, V, U))
         jit.run(
             kernel,
-            matmul.weight_bytes(weight),
+            matmul.main_bytes(weight),
             *(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype]),
-            *(len(x), prepared.n, prepared.k, weight.padded, weight.span, weight.stride),
+            *(tokens, prepared.n, prepared.k, weight.padded, weight.span, weight.stride),
             *(prepared.parts.data_ptr(), len(prepared.parts), *addresses, 0 if U is None else len(U)),
             *(0 if t is None else t.data_ptr() for t in weight.tensors),
         )
-    return y.view(shape)
+    return y
 
 
 def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:

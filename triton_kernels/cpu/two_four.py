@@ -6,6 +6,7 @@ uint8: bit i of byte j is set where dense column 8j + i is kept. Nothing is kept
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def meta_of(masks: Tensor) -> Tensor:
     return _nibble_map(positions)[masks.long()]
 
 
-def _nibble_map(change) -> Tensor:  # type: ignore[no-untyped-def]
+def _nibble_map(change: Callable[[int], int]) -> Tensor:
     """uint8 `[256]`: what becomes of a byte when both of its nibbles are changed."""
     nibbles = [change(nibble) for nibble in range(16)]
     return torch.tensor([nibbles[byte & 15] | nibbles[byte >> 4] << 4 for byte in range(256)], dtype=torch.uint8)
