@@ -24,7 +24,11 @@ from .launch import TYPE_NAMES, Launch
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT32 = 2**31 - 1
-_INLINE_ASM = re.compile(r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)')
+_INLINE_ASM = re.compile(
+    r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)'
+)
+    r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)'
+)
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ def instructions_per_weight(launch: Launch, binary: Binary, weights: int, weight
 def misplaced_fragments(ttgir: str) -> list[str]:
     """Layouts that would feed a warp-wide inline instruction (`mma`) wrongly; empty when all is well.
 
-    Fragments are packed so that lane `l` of a warp finds its registers at elements `p * l .. p * l + p - 1` of 32 * p consecutive
-    ones, where `p` is the assembly's `packed_element`. The layout is the compiler's choice, so it has to be checked.
+    Fragments are packed so that lane `l` of a warp finds its registers at elements `p * l .. p * l + p - 1` of 32 * p
+    consecutive ones, where `p` is the assembly's `packed_element`. The compiler chooses the layout, so it is checked.
     """
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", ttgir, re.MULTILINE))
     wrong = []
