@@ -27,8 +27,6 @@ _INT32 = 2**31 - 1
 _INLINE_ASM = re.compile(
     r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)'
 )
-    r'tt\.elementwise_inline_asm "((?:[^"\\]|\\.)*)" \{.*?packed_element = (\d+) .*?\}(?: %\S+)* : (.*)'
-)
 
 
 @dataclass(frozen=True)
