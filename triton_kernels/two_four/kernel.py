@@ -6,7 +6,7 @@ fills a large GPU; their sums meet once, after the loop, in a fixed order.
 `TAIL` says how K ends: 0, in whole octets for every warp, so nothing is masked; 1, in a whole octet; 2, anywhere.
 """
 
-# ruff: noqa: N803, N806
+# ruff: noqa: RUF005  (tuples are added, not unpacked: Triton's language is not Python)
 from __future__ import annotations
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 def _sparse_mma(kind: str, tile: int) -> str:
-    """PTX of one warp-wide product, for tile 0..7 of an octet: operands acc, then A, B, metadata, acc, four registers each."""
+    """PTX of one warp-wide product, tile 0..7 of an octet: acc, then A, B, metadata, acc, four registers each."""
     return (
         f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
         f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$16,$17,$18,$19}}, ${12 + tile % 4}, {tile // 4};"
@@ -28,7 +28,10 @@ MMA_REGISTERS: tl.constexpr = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,
 
 @triton.jit
 def low_half(word, BF16: tl.constexpr):
-    """The 16-bit float in the low half of an int32, as fp32. Bits only: arithmetic on bf16 is not to be trusted here."""
+    """The 16-bit float in the low half of an int32, as fp32.
+
+    Bits only: arithmetic on bf16 is not to be trusted here.
+    """
     if BF16:
         return (word << 16).to(tl.float32, bitcast=True)
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -172,9 +175,9 @@ def mma_sp(
 ):
     """`y[M, N] = x[M, K] W^T + bias`, M <= 8 TOKEN_TILES, by sparse tensor cores; every weight is read once.
 
-    `SPLIT` warps share a row tile; a program owns WARPS / SPLIT row tiles. `fragments`, `x`: int32 views; `words` = K / 2.
-    The compiler must give these one-dimensional tiles four consecutive elements per lane: then an int32 of `fragments` is
-    register e % 4 of lane e % 128 // 4 (`aot.misplaced_fragments` checks it).
+    `SPLIT` warps share a row tile; a program owns WARPS / SPLIT row tiles. `fragments`, `x`: int32 views; `words` = K /
+    2. The compiler must give these one-dimensional tiles four consecutive elements per lane: then an int32 of
+    `fragments` is register e % 4 of lane e % 128 // 4 (`aot.misplaced_fragments` checks it).
     """
     e = tl.arange(0, 128 * WARPS)
     warp, g, t, r = e // 128 % SPLIT, e % 128 // 16, e % 16 // 4, e % 4

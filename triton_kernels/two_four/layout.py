@@ -1,11 +1,11 @@
 """2:4 weights in the order of sparse tensor cores: one layout for every kernel of this op, made once after load.
 
 NVIDIA's `mma.sp` m16n8k32 takes from each lane of a warp four 32-bit registers of A and one of metadata. Rows go in
-tiles of 16 and columns in tiles of 32, zero-padded; eight column tiles make an octet, over which a lane needs exactly four
-metadata registers. Stored so that a lane reads each with one 16-byte load:
+tiles of 16 and columns in tiles of 32, zero-padded; eight column tiles make an octet, over which a lane needs exactly
+four metadata registers. Stored so that a lane reads each with one 16-byte load:
 
-- `fragments[..., row tiles, column tiles, 32 lanes, 4 registers]`, int32. Lane `4 g + t`, register `r`: the two kept values
-  of row `g + 8 (r % 2)`, group of four `t + 4 (r // 2)` of the tile; the lower position in the low half.
+- `fragments[..., row tiles, column tiles, 32 lanes, 4 registers]`, int32. Lane `4 g + t`, register `r`: the two kept
+  values of row `g + 8 (r % 2)`, group of four `t + 4 (r // 2)` of the tile; the lower position in the low half.
 - `metadata[..., row tiles, octets, 32 lanes, 4 registers]`, int32. Lane `4 g + 2 s + b`, register `r` belongs to tile
   `4 s + r` of the octet (`s` is the instruction's sparsity selector): low half for row `g`, high half for row `g + 8`,
   four nibbles each, of groups `4 b` to `4 b + 3`, as in the file: `p0 | p1 << 2`.

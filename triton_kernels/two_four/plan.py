@@ -14,7 +14,6 @@ from ..launch import NVIDIA, Launch
 from .layout import COLUMNS, OCTET, ROWS, Prepared
 
 GEMV_TOKENS = 8  # one launch of `select`
-MMA_TOKENS = 64  # one launch of `mma_sp`
 EXPAND_FROM = 64
 WARPS_WANTED = 1024  # about eight per multiprocessor of the largest GPUs
 LARGEST = 2**31 - 1
@@ -23,7 +22,8 @@ LARGEST = 2**31 - 1
 def choose(m: int, n: int, k: int, dtype: torch.dtype, target: str, asm: bool = True) -> str:
     """The kernel for `m` tokens: `select`, `mma_sp`, `dot`, or `expand` (then a dense matmul).
 
-    `asm`: whether kernels with inline assembly may run, which on hardware they may once they agreed with their reference.
+    `asm`: whether kernels with inline assembly may run, which on hardware they may once they agreed with their
+    reference.
     """
     if m >= EXPAND_FROM:
         return "expand"
@@ -119,3 +119,60 @@ def _shared(
     constants: dict[str, Any] = {"BF16": bool(prepared.bf16), "TAIL": tail(prepared.k, split)}
     (constants if bias is None else arguments)["bias"] = bias
     return arguments, constants
+
+
+def plan_dot(
+    x: Tensor,
+    prepared: Prepared,
+    y: Tensor,
+    bias: Tensor | None,
+    target: str,
+    dot_dtype: torch.dtype | None = None,
+) -> Launch:
+    """`x` `[M, K]`, M <= 64, contiguous.
+
+    `dot_dtype`: of the products, x's by default (Triton's interpreter lacks bf16).
+    """
+    import triton.language as tl
+
+    m, row_tiles = x.shape[0], 2
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    arguments, constants = _shared(prepared.fragments.view(torch.int64), prepared.metadata, prepared, bias, y, 1)
+    for name in ("trips", "TAIL"):
+        arguments.pop(name, constants.pop(name, None))
+    return Launch(
+        grid=(-(-prepared.fragments.shape[0] // row_tiles),),
+        arguments={
+            **arguments,
+            "x": x.view(torch.int64),
+            "groups": prepared.k // 4,
+            "M": m,
+            "octets": prepared.metadata.shape[1],
+        },
+        constants={
+            **constants,
+            "BLOCK_M": 16 if m <= 16 else 32 if m <= 32 else 64,
+            "ROW_TILES": row_tiles,
+            "DOT": types[dot_dtype or x.dtype],
+        },
+    )
+
+
+def plan_expand(prepared: Prepared, dense: Tensor, target: str) -> Launch:
+    """`dense` `[N, K]`, contiguous, of the values' dtype: where the weight is written."""
+    octets = 4
+    return Launch(
+        grid=(prepared.fragments.shape[0], -(-prepared.metadata.shape[1] // octets)),
+        arguments={
+            "fragments": prepared.fragments.view(torch.int64),
+            "metadata": prepared.metadata,
+            "dense": dense.view(torch.int64),
+            "N": prepared.n,
+            "groups": prepared.k // 4,
+            "tiles": prepared.fragments.shape[1],
+            "fragment_stride": prepared.fragments[0].numel() // 2,
+            "metadata_stride": prepared.metadata[0].numel(),
+        },
+        constants={"OCTETS": octets},
+        num_warps=num_warps(32 * octets, target),
+    )

@@ -1,11 +1,11 @@
 """Triton kernels for 2:4 weights with int4 values (`layout.py`).
 
-As in `two_four/kernel.py`, warps split a row tile's columns and meet once after the loop. A trip is a span of four blocks, 512
-columns. Codes become floats by writing them into the mantissa of a power of two and subtracting that power plus the zero
-point, which is exact; a group's sum is scaled in fp32.
+As in `two_four/kernel.py`, warps split a row tile's columns and meet once after the loop. A trip is a span of four
+blocks, 512 columns. Codes become floats by writing them into the mantissa of a power of two and subtracting that power
+plus the zero point, which is exact; a group's sum is scaled in fp32.
 """
 
-# ruff: noqa: N803, N806
+# ruff: noqa: RUF005  (tuples are added, not unpacked: Triton's language is not Python)
 from __future__ import annotations
 
 import triton
@@ -18,8 +18,8 @@ from ..two_four.kernel import BF16_MMA, F16_MMA, MMA_REGISTERS, high_half, low_h
 def _decode(bf16: bool, registers: tuple[int, int, int, int]) -> str:
     """PTX: four code words (16-19) -> A fragments of their tiles (0-15), 16-bit floats `code - zero`.
 
-    20-23 and 24-27 hold, for the four groups of a quad, the constants of `zero_constants` for rows g and g + 8; word i is
-    in group `registers[i]`.
+    20-23 and 24-27 hold, for the four groups of a quad, the constants of `zero_constants` for rows g and g + 8; word i
+    is in group `registers[i]`.
     """
     lines = [".reg .b32 t, s; mov.b32 s, %s;" % ("0x3f803f80" if bf16 else "0x2c002c00")]
     for i, register in enumerate(registers):
@@ -68,12 +68,6 @@ def _fragments(words, upper, lower, BLOCK: tl.constexpr, GROUP: tl.constexpr, BF
         is_pure=True,
         pack=4,
     )
-
-
-@triton.jit
-def _quads(offsets):
-    """Tell the compiler what it does not find out: four consecutive offsets are one aligned vector."""
-    return tl.max_contiguous(tl.multiple_of(offsets, 4), 4)
 
 
 @triton.jit
@@ -139,8 +133,9 @@ def mma_sp(
 ):
     """`y[M, N] = x[M, K] W^T + bias`, M <= 8 TOKEN_TILES, by sparse tensor cores; every weight is read once.
 
-    `SPLIT` warps share a row tile; a program owns WARPS / SPLIT row tiles. `x`: int32 view; `words` = K / 2; `scale_stride` is
-    that of `zeros` too, in elements of a row tile. `EVEN`: the columns are whole spans for every warp, nothing is masked.
+    `SPLIT` warps share a row tile; a program owns WARPS / SPLIT row tiles. `x`: int32 view; `words` = K / 2;
+    `scale_stride` is that of `zeros` too, in elements of a row tile. `EVEN`: the columns are whole spans for every
+    warp, nothing is masked.
     """
     e = tl.arange(0, 128 * WARPS)
     warp, g, t, r = e // 128 % SPLIT, e % 128 // 16, e % 16 // 4, e % 4
@@ -163,7 +158,7 @@ def mma_sp(
     middle = tl.full((128 * WARPS,), 8, tl.int32)
     upper, lower = zero_constants(middle, middle, 4, BF16)
     if GROUP == 0:
-        row_at = ahead * scale_stride + _quads(g * 4 + r)
+        row_at = tl.max_contiguous(tl.multiple_of(ahead * scale_stride + g * 4 + r, 4), 4)
         scale = tl.load(scales + row_at)
         if zeros is not None:
             upper, lower = _zero_constants(tl.load(zeros + row_at), BF16)
@@ -171,11 +166,15 @@ def mma_sp(
     for trip in range(trips):
         span = trip * SPLIT + warp
         # The next span is under way while this one is multiplied: a warp has to keep kilobytes in flight.
-        next_a, next_patterns = _span(codes, metadata, trip + 1, ahead, code_stride, metadata_stride, blocks, SPLIT, WARPS, EVEN)
-        scale_at = trip * (32 * QUADS * SPLIT) + (ahead * scale_stride + _quads(warp * (32 * QUADS) + g * 4 + r))
+        next_a, next_patterns = _span(
+            codes, metadata, trip + 1, ahead, code_stride, metadata_stride, blocks, SPLIT, WARPS, EVEN
+        )
+        scale_at = trip * (32 * QUADS * SPLIT) + (ahead * scale_stride + warp * (32 * QUADS) + g * 4 + r)
+        scale_at = tl.max_contiguous(tl.multiple_of(scale_at, 4), 4)
         for block in tl.static_range(4):
             if GROUP != 0 and block % (4 // QUADS) == 0:
-                at = scale_at + block // (4 // QUADS) * 32
+                # What the compiler does not find out: four consecutive offsets are one aligned vector.
+                at = tl.max_contiguous(tl.multiple_of(scale_at + block // (4 // QUADS) * 32, 4), 4)
                 if EVEN:
                     scale = tl.load(scales + at, eviction_policy="evict_first")
                     if zeros is not None:
@@ -269,8 +268,8 @@ def select(
 ):
     """`y[M, N] = x[M, K] W^T + bias`, M <= 8. Every lane picks the inputs of its kept weights out of four by shifting.
 
-    `x`: int64 view, four inputs each; `groups` = K / 4; `trips`: octets per warp; `magic` as for `_centered`. The rest as
-    in `mma_sp`.
+    `x`: int64 view, four inputs each; `groups` = K / 4; `trips`: octets per warp; `magic` as for `_centered`. The rest
+    as in `mma_sp`.
     """
     e = tl.arange(0, 128 * WARPS)
     warp, g, t, i = e // 128, e % 128 // 16, e % 16 // 4, e % 4
@@ -287,7 +286,9 @@ def select(
     for trip in range(trips):
         octet = trip * WARPS + warp
         code_at = codes + trip * (256 * WARPS) + (warp * 256 + e % 128)
-        metadata_at = metadata + trip * (128 * WARPS) + _quads(warp * 128 + g * 16 + i)
+        # What the compiler does not find out: four consecutive offsets are one aligned vector.
+        lane_at = tl.max_contiguous(tl.multiple_of(warp * 128 + g * 16 + i, 4), 4)
+        metadata_at = metadata + trip * (128 * WARPS) + lane_at
         x_at = x + trip * (64 * WARPS) + (warp * 64 + i * 8 + t)
         words = ()
         for block in tl.static_range(2):
@@ -306,14 +307,15 @@ def select(
                 left = tl.load(metadata_at + block * 8) >> (4 * t)
                 right = tl.load(metadata_at + (block * 8 + 4)) >> (4 * t)
                 scale = tl.load(scales + scale_at)
+                pair = tl.load(zeros + scale_at) if zeros is not None else 0
             else:
                 stored = octet * 2 + block < blocks
                 left = tl.load(metadata_at + block * 8, mask=stored, other=0) >> (4 * t)
                 right = tl.load(metadata_at + (block * 8 + 4), mask=stored, other=0) >> (4 * t)
                 scale = tl.load(scales + scale_at, mask=stored, other=0)
+                pair = tl.load(zeros + scale_at, mask=stored, other=0) if zeros is not None else 0
             scale_upper, scale_lower = low_half(scale, False), high_half(scale, False)
             if zeros is not None:
-                pair = tl.load(zeros + scale_at, mask=octet * 2 + block < blocks, other=0).to(tl.int32)
                 zero_upper, zero_lower = (pair & 15).to(tl.float32), (pair >> 4).to(tl.float32)
             else:
                 zero_upper, zero_lower = 8.0, 8.0

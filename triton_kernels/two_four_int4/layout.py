@@ -1,13 +1,15 @@
 """2:4 weights with int4 values in the order of sparse tensor cores: one layout for every kernel of this op.
 
-Tiles of 16 rows by 32 columns and octets of eight tiles are those of `two_four/layout.py`, and so is `metadata`. Four column
-tiles make a block; a quad is four quantization groups. Zero-padded, for one 16-byte load per lane each:
+Tiles of 16 rows by 32 columns and octets of eight tiles are those of `two_four/layout.py`, and so is `metadata`. Four
+column tiles make a block; a quad is four quantization groups. Zero-padded, for one 16-byte load per lane each:
 
 - `codes[..., row tiles, blocks, 32 lanes, 4 words]`, int32. Lane `4 g + t`, word i is tile i of the block. Its nibble
-  `r + 4 p` is the kept code p of row `g + 8 (r % 2)`, group of four `t + 4 (r // 2)`: register r of the tile's A fragment.
-- `scales[..., row tiles, quads, 8, 4]`, int32: for `g` and the four groups of a quad, the fp16 bits of row g low, of row
-  g + 8 high. Padding is 0, which makes padded rows 0.
-- `zeros[..., row tiles, quads, 8, 4]`, uint8, asymmetric only: for `g` and the four groups, row g in the low nibble, g + 8 high.
+  `r + 4 p` is the kept code p of row `g + 8 (r % 2)`, group of four `t + 4 (r // 2)`: register r of the tile's A
+  fragment.
+- `scales[..., row tiles, quads, 8, 4]`, int32: for `g` and the four groups of a quad, the fp16 bits of row g low, of
+  row g + 8 high. Padding is 0, which makes padded rows 0.
+- `zeros[..., row tiles, quads, 8, 4]`, uint8, asymmetric only: for `g` and the four groups, row g in the low nibble, g
+  + 8 high.
 
 Groups have 32, 64 or 128 dense columns here (a larger group is cut, its scale repeated), or 0: one group per row.
 """
@@ -30,7 +32,10 @@ GROUPS = (128, 64, 32)
 
 
 class Prepared(NamedTuple):
-    """See the module's docstring. `group`: dense columns of a kernel's group, 0 for one per row; `n`, `k`: the true sizes."""
+    """See the module's docstring.
+
+    `group`: dense columns of a kernel's group, 0 for one per row; `n`, `k`: the true sizes.
+    """
 
     codes: Tensor
     metadata: Tensor
@@ -62,7 +67,7 @@ def prepared_shapes(n: int, k: int, *, group: int, symmetric: bool) -> dict[str,
     """Shapes of the GPU tensors for a weight `[n, k]`; `group` as from `kernel_group`."""
     rows = -(-n // ROWS)
     quads = -(-k // (4 * group)) if group else 1
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "codes": (rows, -(-k // BLOCK), 32, 4),
         "metadata": (rows, -(-k // (OCTET * COLUMNS)), 32, 4),
         "scales": (rows, quads, 8, 4),

@@ -13,11 +13,20 @@ from torch import Tensor
 from ..formats import FormatError
 from ..launch import Launch
 from ..two_four.layout import COLUMNS, OCTET, ROWS
-from ..two_four.plan import GEMV_TOKENS, MMA_TOKENS, WARPS_WANTED, choose, num_warps
+from ..two_four.plan import EXPAND_FROM, GEMV_TOKENS, WARPS_WANTED, choose, num_warps
 from ..two_four.plan import can_run as two_four_can_run
 from .layout import BLOCK, Prepared, kernel_group
 
-__all__ = ["GEMV_TOKENS", "MMA_TOKENS", "can_run", "choose", "plan_mma_sp", "plan_select"]
+__all__ = [
+    "EXPAND_FROM",
+    "GEMV_TOKENS",
+    "can_run",
+    "choose",
+    "plan_dot",
+    "plan_expand",
+    "plan_mma_sp",
+    "plan_select",
+]
 
 MAGIC = 0x4B000000  # the bits of 2^23
 SPAN = 4 * BLOCK  # columns of one trip of a warp of `mma_sp`
@@ -61,33 +70,91 @@ def plan_mma_sp(x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, t
     arguments, constants = _shared(x, prepared, y, bias, split, SPAN)
     return Launch(
         grid=(-(-prepared.codes.shape[0] // row_tiles),),
-        arguments={**arguments, "x": x.view(torch.int32), "words": prepared.k // 2, "M": m, "quads": prepared.scales.shape[1]},
+        arguments={
+            **arguments,
+            "x": x.view(torch.int32),
+            "words": prepared.k // 2,
+            "M": m,
+            "quads": prepared.scales.shape[1],
+        },
         constants={**constants, "TOKEN_TILES": -(-m // 8), "SPLIT": split, "WARPS": split * row_tiles},
         num_warps=num_warps(32 * split * row_tiles, target),
+    )
+
+
+def plan_dot(
+    x: Tensor,
+    prepared: Prepared,
+    y: Tensor,
+    bias: Tensor | None,
+    target: str,
+    dot_dtype: torch.dtype | None = None,
+) -> Launch:
+    """`x` `[M, K]`, M <= 64, contiguous.
+
+    `dot_dtype`: of the products, x's by default (Triton's interpreter lacks bf16).
+    """
+    import triton.language as tl
+
+    m, row_tiles = x.shape[0], 2
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    arguments, constants = _weight(prepared, x.dtype)
+    (constants if bias is None else arguments)["bias"] = bias
+    return Launch(
+        grid=(-(-prepared.codes.shape[0] // row_tiles),),
+        arguments={
+            **arguments,
+            "x": x.view(torch.int64),
+            "y": y,
+            "groups": prepared.k // 4,
+            "M": m,
+            "octets": prepared.metadata.shape[1],
+        },
+        constants={
+            **constants,
+            "BLOCK_M": 16 if m <= 16 else 32 if m <= 32 else 64,
+            "ROW_TILES": row_tiles,
+            "DOT": types[dot_dtype or x.dtype],
+        },
+    )
+
+
+def plan_expand(prepared: Prepared, dense: Tensor, target: str) -> Launch:
+    """`dense` `[N, K]`, contiguous, float16 or bfloat16: where the weight is written."""
+    octets = 4
+    arguments, constants = _weight(prepared, dense.dtype)
+    return Launch(
+        grid=(prepared.codes.shape[0], -(-prepared.metadata.shape[1] // octets)),
+        arguments={**arguments, "dense": dense.view(torch.int64), "groups": prepared.k // 4},
+        constants={**constants, "OCTETS": octets},
+        num_warps=num_warps(32 * octets, target),
     )
 
 
 def _shared(
     x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, split: int, columns: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and constants that the streaming kernels have in common; absent tensors are constants."""
+    """Arguments and constants that the streaming kernels have in common."""
+    arguments, constants = _weight(prepared, x.dtype)
+    (constants if bias is None else arguments)["bias"] = bias
+    return (
+        {**arguments, "y": y, "trips": -(-prepared.k // (columns * split))},
+        {**constants, "EVEN": prepared.k % (columns * split) == 0},
+    )
+
+
+def _weight(prepared: Prepared, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weight's arguments and constants; absent zero points are a constant."""
     arguments: dict[str, Any] = {
         "codes": prepared.codes,
         "metadata": prepared.metadata,
         "scales": prepared.scales,
-        "y": y,
         "N": prepared.n,
         "blocks": prepared.codes.shape[1],
-        "trips": -(-prepared.k // (columns * split)),
         "code_stride": prepared.codes[0].numel(),
         "metadata_stride": prepared.metadata[0].numel(),
         "scale_stride": prepared.scales[0].numel(),
     }
-    constants: dict[str, Any] = {
-        "GROUP": prepared.group,
-        "BF16": x.dtype == torch.bfloat16,
-        "EVEN": prepared.k % (columns * split) == 0,
-    }
-    for name, tensor in (("zeros", prepared.zeros), ("bias", bias)):
-        (constants if tensor is None else arguments)[name] = tensor
+    constants: dict[str, Any] = {"GROUP": prepared.group, "BF16": dtype == torch.bfloat16}
+    (constants if prepared.zeros is None else arguments)["zeros"] = prepared.zeros
     return arguments, constants
