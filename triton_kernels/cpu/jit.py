@@ -132,5 +132,5 @@ PASSES = (
     *("sroa", "instruction_combine", "simplify_cfg", "new_gvn"),
     *("loop_simplify", "loop_rotate", "instruction_combine", "simplify_cfg"),
 )
-# Below this a second thread costs more than it saves (measured: waking the pool takes a few microseconds).
+# Below this a second thread would wait longer for its start than work.
 BYTES_PER_THREAD = 1 << 17
