@@ -1,6 +1,6 @@
 """Compiles kernels for the machine they run on, when they are first called, and calls them.
 
-LLVM (llvmlite, numba's code generator) is the only compiler; a kernel takes a few hundredths of a second, so nothing is
+LLVM (by way of llvmlite) is the only compiler; a kernel takes a few hundredths of a second, so nothing is
 cached on disk. Threads are torch's own OpenMP pool, entered through the library torch itself loaded: a second pool
 would fight torch's for the cores.
 """
@@ -59,7 +59,7 @@ def available() -> tuple[bool, str]:
     try:
         machine = host()
     except ImportError:
-        return False, "numba is not installed (pip install 'halfweight[cpu]')"
+        return False, "llvmlite is not installed (pip install 'halfweight[cpu]')"
     arch = machine.triple.split("-")[0]
     if arch == "x86_64" and not (machine.has("avx2") and machine.has("fma") and machine.has("f16c")):
         return False, f"the CPU ({machine.cpu}) lacks AVX2, FMA or F16C"
