@@ -260,7 +260,7 @@ def test_bytes_follow_the_formula(kernel, m: int, n: int, k: int) -> None:
     for table, size in (("tiles", 0), ("thresholds", 4), ("counts", 4 * chunks)):  # less than sectors
         counted[table] = min(size, counted.get(table, 0))
     assert sum(counted.values()) == kernel.bytes(shape, dtype)
-    # For groups of 32, entry words and zero points take 5 bytes where the file's index takes 4 (for 16: as many).
+    # Beside its codes a kept group of 32 takes 5 bytes here (scale, zero, half an entry word) and 4 in the file.
     allowed = 1.05 if "group" in kernel.name else 1.03
     assert kernel.bytes(shape, dtype) <= allowed * kernel.minimum_bytes(shape, dtype)
     if kernel.weights(shape):

@@ -92,13 +92,22 @@ def prepare(
     first = packed[0]
     if isinstance(first, Groups):
         size = group_size
-        blocks = [_kept_groups(part, width, segments) for part, width in zip(packed, widths, strict=True)]
-        entries = _entry_words([numbers for *_, numbers in blocks], widths, group_size)
+        found = [
+            _kept_groups(part, width, segments)
+            for part, width in zip(packed, widths, strict=True)
+            if isinstance(part, Groups)
+        ]
+        blocks = [block[:3] for block in found]
+        entries = _entry_words([block[3] for block in found], widths, group_size)
     else:
         if problem := unsupported(group_size, widths):
             raise ValueError(problem)
         size = group_size if group_size <= 64 else TILE
-        blocks = [_dense_groups(part, width, group_size, size) for part, width in zip(packed, widths, strict=True)]
+        blocks = [
+            _dense_groups(part, width, group_size, size)
+            for part, width in zip(packed, widths, strict=True)
+            if isinstance(part, Integers)
+        ]
         entries = None
     codes, scales, zeros = (torch.cat([block[i] for block in blocks], dim=-1) for i in range(3))
     *lead, k, kept = scales.shape

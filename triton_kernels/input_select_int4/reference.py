@@ -47,6 +47,6 @@ def dense(
     for part, width in zip(packed, widths, strict=True):
         if isinstance(part, Groups):
             blocks.append(groups.dequantize(part, width, segments=segments, dtype=dtype))
-        else:
+        elif isinstance(part, Integers):
             blocks.append(integers.dequantize(part, bits=4, group_size=group_size, columns=width, dtype=dtype))
     return torch.cat(blocks, dim=-1)
