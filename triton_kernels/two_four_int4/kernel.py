@@ -262,14 +262,15 @@ def select(
     magic,
     M: tl.constexpr,
     WARPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """`y[M, N] = x[M, K] W^T + bias`, M <= 8. Every lane picks the inputs of its kept weights out of four by shifting.
 
-    `x`: int64 view, four inputs each; `groups` = K / 4; `trips`: octets per warp; `magic` as for `_centered`. The rest
-    as in `mma_sp`.
+    `x`: int64 view, four inputs each; `groups` = K / 4; `trips`: octets per warp, in steps of BLOCKS blocks (1 or 2);
+    `magic` as for `_centered`. The rest as in `mma_sp`.
     """
     e = tl.arange(0, 128 * WARPS)
     warp, g, t, i = e // 128, e % 128 // 16, e % 16 // 4, e % 4
@@ -283,25 +284,26 @@ def select(
     for _ in tl.static_range(M):
         uppers += (tl.zeros((128 * WARPS,), tl.float32),)
         lowers += (tl.zeros((128 * WARPS,), tl.float32),)
-    for trip in range(trips):
+    for step in range(trips * (2 // BLOCKS)):
+        trip, first = step // (2 // BLOCKS), step % (2 // BLOCKS)
         octet = trip * WARPS + warp
-        code_at = codes + trip * (256 * WARPS) + (warp * 256 + e % 128)
+        code_at = codes + (trip * (256 * WARPS) + first * 128) + (warp * 256 + e % 128)
         # What the compiler does not find out: four consecutive offsets are one aligned vector.
         lane_at = tl.max_contiguous(tl.multiple_of(warp * 128 + g * 16 + i, 4), 4)
-        metadata_at = metadata + trip * (128 * WARPS) + lane_at
-        x_at = x + trip * (64 * WARPS) + (warp * 64 + i * 8 + t)
+        metadata_at = metadata + (trip * (128 * WARPS) + first * 8) + lane_at
+        x_at = x + (trip * (64 * WARPS) + first * 32) + (warp * 64 + i * 8 + t)
         words = ()
-        for block in tl.static_range(2):
+        for block in tl.static_range(BLOCKS):
             if EVEN:
                 words += (tl.load(code_at + block * 128, eviction_policy="evict_first"),)
             else:
-                stored = octet * 2 + block < blocks
+                stored = octet * 2 + first + block < blocks
                 words += (tl.load(code_at + block * 128, mask=stored, other=0, eviction_policy="evict_first"),)
-        for block in tl.static_range(2):
+        for block in tl.static_range(BLOCKS):
             if GROUP == 0:
                 scale_at = g * 4
             else:
-                group = (octet * 2 + block) * (128 // GROUP) + i * 32 // GROUP
+                group = (octet * 2 + first + block) * (128 // GROUP) + i * 32 // GROUP
                 scale_at = group // 4 * 32 + g * 4 + group % 4
             if EVEN:
                 left = tl.load(metadata_at + block * 8) >> (4 * t)
@@ -309,7 +311,7 @@ def select(
                 scale = tl.load(scales + scale_at)
                 pair = tl.load(zeros + scale_at) if zeros is not None else 0
             else:
-                stored = octet * 2 + block < blocks
+                stored = octet * 2 + first + block < blocks
                 left = tl.load(metadata_at + block * 8, mask=stored, other=0) >> (4 * t)
                 right = tl.load(metadata_at + (block * 8 + 4), mask=stored, other=0) >> (4 * t)
                 scale = tl.load(scales + scale_at, mask=stored, other=0)
@@ -328,7 +330,7 @@ def select(
                     x_left = tl.load(at, eviction_policy="evict_last")
                     x_right = tl.load(at + 4, eviction_policy="evict_last")
                 else:
-                    position = octet * 64 + block * 32 + i * 8 + t
+                    position = octet * 64 + (first + block) * 32 + i * 8 + t
                     x_left = tl.load(at, mask=position < groups, other=0, eviction_policy="evict_last")
                     x_right = tl.load(at + 4, mask=position + 4 < groups, other=0, eviction_policy="evict_last")
                 upper = weights[0] * pick(x_left, (left << 4) & 48, BF16)

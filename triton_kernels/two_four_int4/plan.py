@@ -56,7 +56,8 @@ def plan_select(x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, t
     return Launch(
         grid=(prepared.codes.shape[0],),
         arguments={**arguments, "x": x.view(torch.int64), "groups": prepared.k // 4, "magic": MAGIC},
-        constants={**constants, "M": x.shape[0], "WARPS": split},
+        # More tokens need more registers.
+        constants={**constants, "M": x.shape[0], "WARPS": split, "BLOCKS": 2 if x.shape[0] <= 4 else 1},
         num_warps=num_warps(32 * split, target),
     )
 
