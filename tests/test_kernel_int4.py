@@ -72,7 +72,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "m"), [("simt", m) for m in range(1, 9)] + [("fragment", m) for m in (*range(1, 9), *MANY)]
+    ("name", "m"), [("simt", m) for m in range(1, 9)] + [("fragment", m) for m in (*range(1, 10), 16, 32)]
 )
 def test_any_number_of_tokens(name: str, m: int) -> None:
     problem, x = Problem(24, 328), inputs(m, 328, DTYPES[m % 2])
@@ -179,13 +179,14 @@ def test_groups_that_do_not_fit_a_fragment_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *((name, shape) for name in ("fragment", "fragment_zeros", "fragment_int8", "simt") for shape in ((1, 32, 2048), (4, 64, 1024))),
+        *((name, (1, 32, 2048)) for name in ("fragment", "fragment_zeros", "fragment_int8", "simt")),
+        *((name, (4, 64, 1024)) for name in ("fragment", "fragment_zeros", "fragment_int8", "simt")),
         ("fragment", (8, 64, 576)),
-        ("fragment", (33, 32, 1024)),
+        ("fragment", (32, 32, 1024)),
         ("dot", (16, 64, 512)),
         ("expand", (64, 64, 1024)),
     ],
-)  # fmt: skip
+)
 def test_every_byte_is_read_once(name: str, shape: tuple[int, int, int]) -> None:
     kernel, sizes = KERNELS[name], Shape(*shape)
     metering = meter(kernel.jit(), kernel.sample(sizes, torch.float16, TARGET))
@@ -198,7 +199,8 @@ def test_every_byte_is_read_once(name: str, shape: tuple[int, int, int]) -> None
 def test_the_kernel_fits_the_machine() -> None:
     half = torch.float16
     assert plan.choose(1, 4096, 4096, half, "sm_90") == "fragment"
-    assert plan.choose(63, 4096, 4096, half, "sm_90") == "fragment"
+    assert plan.choose(32, 4096, 4096, half, "sm_90") == "fragment"
+    assert plan.choose(33, 4096, 4096, half, "sm_90") == "dot"
     assert plan.choose(64, 4096, 4096, half, "sm_90") == "expand"
     assert plan.choose(8, 4096, 4096, half, "sm_90", asm=False) == "simt"
     assert plan.choose(9, 4096, 4096, half, "gfx942") == "dot"

@@ -19,6 +19,7 @@ from ..library import register as register_operator
 from .layout import Prepared, kernel_group, prepare, prepared_shapes
 from .plan import (
     EXPAND_FROM,
+    FRAGMENT_TOKENS,
     GEMV_TOKENS,
     can_run,
     choose,
@@ -46,11 +47,11 @@ def linear(
 ) -> Tensor:
     """`y[..., N]` of `x[..., K]` on a GPU.
 
-    `kernel` names one of `choose`'s answers; by default the choice is made for the device, with inline assembly only after
-    it was checked there. `scratch`: room for `expand`, at least a tile of 16 rows, in x's dtype; allocated when None.
+    `kernel` names one of `choose`'s answers; by default the choice is made for the device, with inline assembly only
+    after it was checked there. `scratch`: room for `expand`, at least a tile of 16 rows, in x's dtype; allocated when
+    None.
     """
-    tokens = x.reshape(-1, prepared.columns)
-    tokens = F.pad(tokens, (0, -prepared.columns % ALIGNED_COLUMNS)).contiguous()
+    tokens = pad_columns(x.reshape(-1, prepared.columns))
     m, target = tokens.shape[0], device_target(x.device)
     asm, _ = trust.may_run("int4.fragment", x.device, inline_asm=True)
     kernel = kernel or choose(m, prepared.rows, prepared.columns, x.dtype, target, asm)
@@ -60,6 +61,11 @@ def linear(
     elif m:
         _BY_FUNCTION[kernel].run(PLANS[kernel](tokens, prepared, y, bias, target))
     return y.reshape(*x.shape[:-1], prepared.rows)
+
+
+def pad_columns(x: Tensor) -> Tensor:
+    """Contiguous `x[M, K]` with zeros up to 32 bytes, so that rows can be loaded 16 bytes at a time."""
+    return F.pad(x, (0, -x.shape[1] % ALIGNED_COLUMNS)).contiguous()
 
 
 def expand_and_multiply(
@@ -150,7 +156,7 @@ def _example(shape: Shape, dtype: torch.dtype, target: str, *, name: str, number
     x = torch.empty((shape.m, shape.k), dtype=dtype, device=device)
     if real:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
-    return PLANS[name](x, weight, x.new_empty((shape.m, shape.n)), None, target)
+    return PLANS[name](pad_columns(x), weight, x.new_empty((shape.m, shape.n)), None, target)
 
 
 def _kernel(name: str, variant: str, numbers: Numbers, m_range: tuple[int, int], **more: Any) -> Kernel:
@@ -190,17 +196,17 @@ def _budget(fp16: float, bf16: float) -> dict[torch.dtype, float]:
 
 _TENSOR_CORES: dict[str, Any] = {"targets": NVIDIA, "inline_asm": True, "loop_is_clean": True}
 KERNELS = (
-    _kernel("fragment", "fragment", Numbers(), (1, EXPAND_FROM - 1), budget=_budget(2.2, 2.45), **_TENSOR_CORES),
+    _kernel("fragment", "fragment", Numbers(), (1, FRAGMENT_TOKENS), budget=_budget(2.2, 2.45), **_TENSOR_CORES),
     _kernel(
         "fragment",
         "fragment_zeros",
         Numbers(group_size=64, symmetric=False),
-        (1, EXPAND_FROM - 1),
+        (1, FRAGMENT_TOKENS),
         budget=_budget(2.4, 2.7),
         **_TENSOR_CORES,
     ),
     _kernel(
-        "fragment", "fragment_int8", Numbers(bits=8), (1, EXPAND_FROM - 1), budget=_budget(2.2, 3.7), **_TENSOR_CORES
+        "fragment", "fragment_int8", Numbers(bits=8), (1, FRAGMENT_TOKENS), budget=_budget(2.2, 3.7), **_TENSOR_CORES
     ),
     _kernel("simt", "simt", Numbers(), (1, GEMV_TOKENS), budget=_budget(4.6, 4.6), loop_is_clean=True),
     _kernel("dot", "dot", Numbers(), (GEMV_TOKENS + 1, EXPAND_FROM - 1), budget=None),

@@ -14,6 +14,7 @@ from ..launch import AMD, EVERY_GPU, NVIDIA, Launch
 from .layout import ROWS, Prepared
 
 GEMV_TOKENS = 8  # most tokens of `simt`
+FRAGMENT_TOKENS = 32  # most tokens of `fragment`: the sums of more do not fit the registers
 EXPAND_FROM = 64  # tokens
 WARPS_WANTED = 2048  # about fifteen per multiprocessor of the largest GPUs
 LARGEST = 2**31 - 1
@@ -36,7 +37,7 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype, target: str, asm: bool = 
     """
     if m >= EXPAND_FROM:
         return "expand"
-    if asm and target in NVIDIA and dtype in (torch.float16, torch.bfloat16):
+    if asm and m <= FRAGMENT_TOKENS and target in NVIDIA and dtype in (torch.float16, torch.bfloat16):
         return "fragment"
     return "simt" if m <= GEMV_TOKENS else "dot"
 
@@ -53,8 +54,8 @@ def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str) -> tuple[bo
 
 
 def fragment_tiles(m: int, n: int, k: int, group: int) -> FragmentTiles:
-    """Warps share the columns of a row tile until there are about `WARPS_WANTED`; many tokens share x between two tiles."""
-    token_tiles = next(count for count in (1, 2, 4, 8) if 8 * count >= m)
+    """Warps share the columns of a row tile up to about `WARPS_WANTED`; many tokens share x between two tiles."""
+    token_tiles = next(count for count in (1, 2, 4) if 8 * count >= m)
     span = 512 if k >= 1024 else max(256, 4 * group)
     tiles, warps_k = -(-n // ROWS), 1
     warps_n = 2 if token_tiles > 1 else 1
@@ -114,7 +115,7 @@ def plan_simt(x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, tar
 def plan_dot(
     x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, target: str, dot_dtype: torch.dtype | None = None
 ) -> Launch:
-    """`x` `[M, K]`, 9 <= M < 64; `dot_dtype`: what the weights are rounded to for the tensor cores, x's dtype by default."""
+    """`x` `[M, K]`, 9 <= M < 64; `dot_dtype`: what the weights are rounded to, x's dtype by default."""
     import triton.language as tl
 
     m, k = x.shape

@@ -136,6 +136,7 @@ def plan_dot(
     import triton.language as tl
 
     m, row_tiles = x.shape[0], 2
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     arguments, constants = _shared(prepared.fragments.view(torch.int64), prepared.metadata, prepared, bias, y, 1)
     for name in ("trips", "TAIL"):
@@ -151,10 +152,11 @@ def plan_dot(
         },
         constants={
             **constants,
-            "BLOCK_M": 16 if m <= 16 else 32 if m <= 32 else 64,
+            "BLOCK_M": block_m,
             "ROW_TILES": row_tiles,
             "DOT": types[dot_dtype or x.dtype],
         },
+        num_warps=8 if block_m == 64 else 4,  # the sums of 64 tokens do not fit the registers of four warps everywhere
     )
 
 

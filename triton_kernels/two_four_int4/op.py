@@ -16,7 +16,7 @@ from ..formats.integers import Quantized
 from ..launch import NVIDIA, Kernel, Launch, Shape, device_target
 from ..library import register as register_operator
 from .layout import Prepared, packed_bytes, prepare, prepared_shapes
-from .plan import EXPAND_FROM, GEMV_TOKENS, can_run, choose, plan_dot, plan_expand, plan_mma_sp, plan_select
+from .plan import EXPAND_FROM, GEMV_TOKENS, MMA_TOKENS, can_run, choose, plan_dot, plan_expand, plan_mma_sp, plan_select
 
 __all__ = ["KERNELS", "PLANS", "can_run", "choose", "expand", "linear", "register"]
 
@@ -146,7 +146,6 @@ def _kernel(
     )
 
 
-_MANY = EXPAND_FROM - 1
 KERNELS = (
     _kernel(
         "select",
@@ -161,13 +160,13 @@ KERNELS = (
         "kernel",
         plan_mma_sp,
         {torch.float16: 3.3, torch.bfloat16: 3.4},
-        (1, _MANY),
+        (1, MMA_TOKENS),
         ("codes", "metadata", "scales"),
         targets=NVIDIA,
         inline_asm=True,
         loop_is_clean=True,
     ),
-    _kernel("dot", "dense", plan_dot, None, (GEMV_TOKENS + 1, _MANY)),
+    _kernel("dot", "dense", plan_dot, None, (GEMV_TOKENS + 1, EXPAND_FROM - 1)),
     _kernel("expand", "dense", _plan_expand, None, (EXPAND_FROM, EXPAND_FROM)),
 )
 PLANS: Mapping[str, Plan] = {"select": plan_select, "mma_sp": plan_mma_sp, "dot": plan_dot}

@@ -13,13 +13,15 @@ from torch import Tensor
 from ..formats import FormatError
 from ..launch import Launch
 from ..two_four.layout import COLUMNS, OCTET, ROWS
-from ..two_four.plan import EXPAND_FROM, GEMV_TOKENS, WARPS_WANTED, choose, num_warps
+from ..two_four.plan import EXPAND_FROM, GEMV_TOKENS, WARPS_WANTED, num_warps
 from ..two_four.plan import can_run as two_four_can_run
+from ..two_four.plan import choose as two_four_choose
 from .layout import BLOCK, Prepared, kernel_group
 
 __all__ = [
     "EXPAND_FROM",
     "GEMV_TOKENS",
+    "MMA_TOKENS",
     "can_run",
     "choose",
     "plan_dot",
@@ -28,6 +30,7 @@ __all__ = [
     "plan_select",
 ]
 
+MMA_TOKENS = 16  # most tokens of `mma_sp`: the sums of more do not fit the registers
 MAGIC = 0x4B000000  # the bits of 2^23
 SPAN = 4 * BLOCK  # columns of one trip of a warp of `mma_sp`
 
@@ -39,6 +42,15 @@ def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str, group_size:
     except FormatError as error:
         return False, str(error)
     return two_four_can_run(shape, dtype, target)
+
+
+def choose(m: int, n: int, k: int, dtype: torch.dtype, target: str, asm: bool = True) -> str:
+    """The kernel for `m` tokens, as for 16-bit values, but `mma_sp` up to `MMA_TOKENS`.
+
+    In bf16 it also needs whole trips: with a ragged K the compiler moves its weights through shared memory.
+    """
+    whole = dtype != torch.bfloat16 or k % SPAN == 0
+    return two_four_choose(m, n, k, dtype, target, asm and whole and m <= MMA_TOKENS)
 
 
 def column_split(n: int, k: int, columns: int) -> int:
@@ -63,7 +75,7 @@ def plan_select(x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, t
 
 
 def plan_mma_sp(x: Tensor, prepared: Prepared, y: Tensor, bias: Tensor | None, target: str) -> Launch:
-    """`x` `[M, K]`, M <= 64, contiguous; `y` `[M, N]` of any float type."""
+    """`x` `[M, K]`, M <= 16, contiguous; `y` `[M, N]` of any float type."""
     m = x.shape[0]
     split = column_split(prepared.n, prepared.k, SPAN)
     # With many tokens, warps of two row tiles share what they read of x in the L1 cache.
