@@ -197,7 +197,8 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         ("stages:\n  - pass: [wanda]\n", ":2: stages[0].pass: unknown pass"),
         (
             'stages:\n  - pass: wanda\n  - pattern: "2:4"\n',
-            ":3: stages[1]: a stage needs the key `pass`; choose from admm, gptq, gqsa, magnitude, rtn, sparsegpt, wanda",
+            ":3: stages[1]: a stage needs the key `pass`; choose from admm, gptq, gqsa, magnitude, rtn, sparsegpt,"
+            " wanda",
         ),
         # Patterns.
         (
