@@ -236,9 +236,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(mask
     rounded, grid = start.codes.float(), Grid(start.scales.float(), zeros.float())
     before = torch.inf
     for rounds in (0, 1, 2, 5, 60):
-        better, moved = descend(
-            weight, hessian, rounded, grid, mask, allowed=codes, group_size=8, rounds=rounds
-        )
+        better, moved = descend(weight, hessian, rounded, grid, mask, allowed=codes, group_size=8, rounds=rounds)
         wide = Grid(moved.scales[:, spread], moved.zeros[:, spread])
         values = grid_values(better, wide)
         now = loss(weight, hessian, values)

@@ -1,8 +1,9 @@
 """Tensor cores for integer weights from plain Triton: inline assembly on operands that lie in fragment order in memory.
 
-A tensor `[..., 128 * warps]` of int32 that is loaded contiguously is laid out with four elements to a thread and 32 threads to a
-warp, so with `pack=4` one run of the assembly text sees the four registers of one lane. That layout is the compiler's choice;
-`tests/test_kernel_int4.py` checks it in the compiled code. Fragment layouts: PTX ISA 9.7.15, `mma.m16n8k16` and `m16n8k8`.
+A tensor `[..., 128 * warps]` of int32 that is loaded contiguously is laid out with four elements to a thread and 32
+threads to a warp, so with `pack=4` one run of the assembly text sees the four registers of one lane. That layout is
+the compiler's choice; `tests/test_kernel_int4.py` checks it in the compiled code. Fragment layouts: PTX ISA 9.7.15,
+`mma.m16n8k16` and `m16n8k8`.
 
 Integers become floats by writing them into the mantissa of a power of two: `1024 | q` for fp16 (and `1024 | 16 q`, for
 the nibble that sits four bits higher, at no cost), `128 | q` for bf16, `2^23 | q` for fp32. Subtracting that power plus
@@ -24,7 +25,7 @@ def _registers(first: int) -> str:
 
 
 def _decode4_text(bf16: int) -> str:
-    """Operands: outputs 0-15 (tensor per k16 step, its A registers), words 16-19, constants of rows g 20 and g + 8 24."""
+    """Operands: outputs 0-15 (per k16 step its A registers), words 16-19, constants of rows g (20) and g + 8 (24)."""
     lines = [".reg .b32 t, s; mov.b32 s, %s;" % ("0x3f803f80" if bf16 else "0x2c002c00")]
     for word in range(4):
         q, a = f"${16 + word}", [f"${4 * word + r}" for r in range(4)]

@@ -1,4 +1,4 @@
-"""Kernels for dense integers in GPU order (`layout.py`): one that runs on tensor cores, and plain Triton for every GPU."""
+"""Kernels for dense integers in GPU order (`layout.py`): one for tensor cores, and plain Triton for every GPU."""
 
 # mypy: ignore-errors
 
@@ -35,16 +35,18 @@ def fragment(
 ):
     """`y[m, n] = sum_k x[m, k] W[n, k] + bias[n]` for up to `8 * TOKEN_TILES` tokens.
 
-    A program owns `WARPS_N` tiles of 16 rows; `WARPS_K` warps share the columns of a tile, `SPAN` at a time in turns, and add up
-    once after the loop, in fixed order. `x` is int32, two numbers of 16 bits each. `blocks`, `quads`: of one tile, in `codes`
-    and `scales`. Without `EVEN` the last spans reach past K: they read their neighbours' weights and zeros for x.
+    A program owns `WARPS_N` tiles of 16 rows; `WARPS_K` warps share the columns of a tile, `SPAN` at a time in turns,
+    and add up once after the loop, in fixed order. `x` is int32, two numbers of 16 bits each. `blocks`, `quads`: of
+    one tile, in `codes` and `scales`. Without `EVEN` the last spans reach past K: they read their neighbours' weights
+    and zeros for x.
     """
     BLOCK: tl.constexpr = 256 // BITS  # columns
     GROUP_COLUMNS: tl.constexpr = GROUP if GROUP else SPAN
     WARPS: tl.constexpr = WARPS_N * WARPS_K
     e = tl.arange(0, 128 * WARPS)[None, :]
     warp, word = e // 128, e % 128
-    # Differences of quotients: the compiler sees that these are equal for four words in a row, and loads 16 bytes at once.
+    # Differences of quotients: the compiler sees that these are equal for four words in a row, and loads 16 bytes at
+    # once.
     g, t, i = e // 16 - e // 128 * 8, e // 4 - e // 16 * 4, e % 4
     k_warp = warp % WARPS_K
     tile = tl.program_id(0) * WARPS_N + warp // WARPS_K
@@ -144,9 +146,9 @@ def simt(
 ):
     """`y[m, n] = sum_k x[m, k] W[n, k] + bias[n]` for up to `TOKENS` tokens, in fp32, on any GPU.
 
-    A program owns `2 * ROWS` rows of a tile; a lane takes four words (16 or 8 columns of each row) in a trip, so that an
-    activation is loaded and converted once for all of its rows. A nibble is converted where it stands: `q & (15 << 4 n)` is
-    its value times 16^n, and x is divided by 16^n instead, which is exact.
+    A program owns `2 * ROWS` rows of a tile; a lane takes four words (16 or 8 columns of each row) in a trip, so that
+    an activation is loaded and converted once for all of its rows. A nibble is converted where it stands: `q & (15 <<
+    4 n)` is its value times 16^n, and x is divided by 16^n instead, which is exact.
     """
     BLOCK: tl.constexpr = 256 // BITS
     parts: tl.constexpr = 8 // ROWS
@@ -232,7 +234,8 @@ def _group(
     if zeros is None:
         zero_low, zero_high = (1 << (BITS - 1)) * 1.0, (1 << (BITS - 1)) * 1.0
     elif BITS == 4:
-        # `g * 4 // 4` hides that neighbouring rows lie side by side: loads of several rows at once would ask for another
+        # `g * 4 // 4` hides that neighbouring rows lie side by side: loads of several rows at once would ask for
+        # another
         # arrangement of the tile than the weights have, and so for shared memory.
         both = tl.load(zeros + quad * 8 + g * 4 // 4) >> (group % 4 * 8)
         zero_low, zero_high = (both & 15).to(tl.float32), ((both >> 4) & 15).to(tl.float32)
@@ -264,7 +267,7 @@ def expand(
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The dense `weight[N, K]`, rounded once to its dtype. Grid: tiles of 16 rows, then steps of `WORDS / 16` blocks."""
+    """The dense `weight[N, K]`, rounded once to its dtype. Grid: 16-row tiles, then steps of `WORDS / 16` blocks."""
     tile, step = tl.program_id(0), tl.program_id(1)
     g = tl.arange(0, 8)[:, None]
     low, high = _values(codes, scales, zeros, tile, g, step * (WORDS // 16), blocks, quads, BITS, GROUP, WORDS)
@@ -294,7 +297,7 @@ def dot(
     WORDS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """`y = x W^T + bias` for up to `TOKENS` tokens on any GPU: weights are expanded on chip, rounded once to `DOT_DTYPE`."""
+    """`y = x W^T + bias` for up to `TOKENS` tokens on any GPU: weights expand on chip, rounded once to `DOT_DTYPE`."""
     rows = tl.arange(0, 8 * TILES)[:, None]
     tile = tl.minimum(tl.program_id(0) * TILES + rows // 8, (N + 15) // 16 - 1)
     token = tl.arange(0, TOKENS)[None, :]

@@ -1,17 +1,18 @@
 """GPU order of dense integers: the A fragments of `mma.m16n8k16`, sixteen rows at a time, made once after load.
 
-A weight `[..., N, K]` is padded to tiles of 16 rows and chunks of 64 columns. With `g` 0..7, `t` 0..3 and a lane `4g + t`, a
-lane's share of a chunk is rows g and g + 8, columns `32p + 8t .. 32p + 8t + 7` for p = 0, 1: what `mma` wants, with the columns
-of a chunk permuted so that a lane's activations are 16 contiguous bytes. (A sum over columns does not mind, as long as weights
-and activations are permuted alike.)
+A weight `[..., N, K]` is padded to tiles of 16 rows and chunks of 64 columns. With `g` 0..7, `t` 0..3 and a lane `4g +
+t`, a lane's share of a chunk is rows g and g + 8, columns `32p + 8t .. 32p + 8t + 7` for p = 0, 1: what `mma` wants,
+with the columns of a chunk permuted so that a lane's activations are 16 contiguous bytes. (A sum over columns does not
+mind, as long as weights and activations are permuted alike.)
 
 - `codes[..., tiles, blocks, 128]` int32, word `4 * lane + i`; a block has 512 bytes, one 16-byte load per lane.
   4 bits: a block is a chunk, i = 2p + q. Nibble `4h + 2c + half` of the word is row `g + 8 half`, column
   `32p + 8t + 4q + 2c + h`. 8 bits: a block is half a chunk (one p). Byte `2 half + h` is row `g + 8 half`, column
   `32p + 8t + 2i + h`.
-- `scales[..., tiles, quads, 8, 4]` int32: for `g` and the four groups of a quad, the fp16 bits of row g low, of row g + 8 high.
-- `zeros`, asymmetric only. 4 bits: `[..., tiles, quads, 8]` int32, byte j of group j: row g low, row g + 8 high. 8 bits:
-  `[..., tiles, quads, 8, 2]`, byte j of word `half`.
+- `scales[..., tiles, quads, 8, 4]` int32: for `g` and the four groups of a quad, the fp16 bits of row g low, of row g
+  + 8 high.
+- `zeros`, asymmetric only. 4 bits: `[..., tiles, quads, 8]` int32, byte j of group j: row g low, row g + 8 high. 8
+  bits: `[..., tiles, quads, 8, 2]`, byte j of word `half`.
 
 Groups have 32, 64 or 128 columns here (a larger group is cut, its scale repeated), or 0: one group per row.
 """
@@ -34,7 +35,7 @@ GROUPS = (128, 64, 32)
 
 
 class Prepared(NamedTuple):
-    """A weight in GPU order (see the module's docstring), with its bits per weight, group size, N (`rows`) and K (`columns`)."""
+    """A weight in GPU order (see the module's docstring), with its bits, group size, N (`rows`) and K (`columns`)."""
 
     codes: Tensor
     scales: Tensor
@@ -64,7 +65,7 @@ def prepared_shapes(shape: tuple[int, ...], *, bits: int, group: int, symmetric:
     """Shapes of the tensors of a `Prepared` weight `[..., N, K]`; `group` as from `kernel_group`."""
     *lead, rows, columns = shape
     tiles = -(-rows // ROWS)
-    quads = -(-(-(-columns // group)) // 4) if group else 1
+    quads = (-(-columns // group) + 3) // 4 if group else 1
     shapes: dict[str, tuple[int, ...]] = {
         "codes": (*lead, tiles, -(-columns // CHUNK) * bits // 4, 128),
         "scales": (*lead, tiles, quads, 8, 4),
