@@ -45,12 +45,11 @@ def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str, group_size:
 
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype, target: str, asm: bool = True) -> str:
-    """The kernel for `m` tokens, as for 16-bit values, but `mma_sp` up to `MMA_TOKENS`.
+    """The kernel for `m` tokens, as for 16-bit values, but `mma_sp` up to `MMA_TOKENS` and for whole trips.
 
-    In bf16 it also needs whole trips: with a ragged K the compiler moves its weights through shared memory.
+    With a ragged K the compiler moves the weights of `mma_sp` through shared memory.
     """
-    whole = dtype != torch.bfloat16 or k % SPAN == 0
-    return two_four_choose(m, n, k, dtype, target, asm and whole and m <= MMA_TOKENS)
+    return two_four_choose(m, n, k, dtype, target, asm and k % SPAN == 0 and m <= MMA_TOKENS)
 
 
 def column_split(n: int, k: int, columns: int) -> int:
