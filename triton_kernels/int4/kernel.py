@@ -1,4 +1,4 @@
-"""Kernels for dense integers in GPU order (`layout.py`): one for tensor cores, and plain Triton for every GPU."""
+"""Kernels for dense integers in GPU order (`layout.py`): on tensor cores, and in plain Triton for every GPU."""
 
 # mypy: ignore-errors
 
@@ -235,8 +235,7 @@ def _group(
         zero_low, zero_high = (1 << (BITS - 1)) * 1.0, (1 << (BITS - 1)) * 1.0
     elif BITS == 4:
         # `g * 4 // 4` hides that neighbouring rows lie side by side: loads of several rows at once would ask for
-        # another
-        # arrangement of the tile than the weights have, and so for shared memory.
+        # another arrangement of the tile than the weights have, and so for shared memory.
         both = tl.load(zeros + quad * 8 + g * 4 // 4) >> (group % 4 * 8)
         zero_low, zero_high = (both & 15).to(tl.float32), ((both >> 4) & 15).to(tl.float32)
     else:
@@ -267,7 +266,7 @@ def expand(
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The dense `weight[N, K]`, rounded once to its dtype. Grid: 16-row tiles, then steps of `WORDS / 16` blocks."""
+    """The dense `weight[N, K]`, rounded once to its dtype. Grid: tiles of 16 rows, steps of `WORDS / 16` blocks."""
     tile, step = tl.program_id(0), tl.program_id(1)
     g = tl.arange(0, 8)[:, None]
     low, high = _values(codes, scales, zeros, tile, g, step * (WORDS // 16), blocks, quads, BITS, GROUP, WORDS)
@@ -297,7 +296,7 @@ def dot(
     WORDS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """`y = x W^T + bias` for up to `TOKENS` tokens on any GPU: weights expand on chip, rounded once to `DOT_DTYPE`."""
+    """`y = x W^T + bias` for up to `TOKENS` tokens; weights are expanded on chip, rounded once to `DOT_DTYPE`."""
     rows = tl.arange(0, 8 * TILES)[:, None]
     tile = tl.minimum(tl.program_id(0) * TILES + rows // 8, (N + 15) // 16 - 1)
     token = tl.arange(0, TOKENS)[None, :]

@@ -1,9 +1,9 @@
 """GPU order of dense integers: the A fragments of `mma.m16n8k16`, sixteen rows at a time, made once after load.
 
-A weight `[..., N, K]` is padded to tiles of 16 rows and chunks of 64 columns. With `g` 0..7, `t` 0..3 and a lane `4g +
-t`, a lane's share of a chunk is rows g and g + 8, columns `32p + 8t .. 32p + 8t + 7` for p = 0, 1: what `mma` wants,
-with the columns of a chunk permuted so that a lane's activations are 16 contiguous bytes. (A sum over columns does not
-mind, as long as weights and activations are permuted alike.)
+A weight `[..., N, K]` is padded to tiles of 16 rows and chunks of 64 columns. With `g` 0..7, `t` 0..3 and a lane `4g
++ t`, a lane's share of a chunk is rows g and g + 8, columns `32p + 8t .. 32p + 8t + 7` for p = 0, 1: what `mma`
+wants, with the columns of a chunk permuted so that a lane's activations are 16 contiguous bytes. (A sum over columns
+does not mind, as long as weights and activations are permuted alike.)
 
 - `codes[..., tiles, blocks, 128]` int32, word `4 * lane + i`; a block has 512 bytes, one 16-byte load per lane.
   4 bits: a block is a chunk, i = 2p + q. Nibble `4h + 2c + half` of the word is row `g + 8 half`, column
@@ -35,7 +35,7 @@ GROUPS = (128, 64, 32)
 
 
 class Prepared(NamedTuple):
-    """A weight in GPU order (see the module's docstring), with its bits, group size, N (`rows`) and K (`columns`)."""
+    """A weight in GPU order (see the module's docstring), its bits, group size, N (`rows`) and K (`columns`)."""
 
     codes: Tensor
     scales: Tensor
@@ -65,7 +65,7 @@ def prepared_shapes(shape: tuple[int, ...], *, bits: int, group: int, symmetric:
     """Shapes of the tensors of a `Prepared` weight `[..., N, K]`; `group` as from `kernel_group`."""
     *lead, rows, columns = shape
     tiles = -(-rows // ROWS)
-    quads = (-(-columns // group) + 3) // 4 if group else 1
+    quads = -(-columns // (4 * group)) if group else 1
     shapes: dict[str, tuple[int, ...]] = {
         "codes": (*lead, tiles, -(-columns // CHUNK) * bits // 4, 128),
         "scales": (*lead, tiles, quads, 8, 4),
@@ -87,7 +87,7 @@ def prepare(packed: Integers, *, bits: int, group_size: int, columns: int) -> Pr
         zeros = None if zeros is None else zeros.repeat_interleave(group_size // group, -1)[..., :count]
     return Prepared(
         _order_codes(codes, bits),
-        _order_scales(bit_patterns),
+        order_scales(bit_patterns),
         None if zeros is None else _order_zeros(zeros, bits),
         bits,
         group,
@@ -103,10 +103,10 @@ def restore(prepared: Prepared, *, group_size: int) -> Integers:
     if bits == 4:
         nibbles = torch.stack((part & 15, part >> 4), -1)
         split = nibbles.flatten(-2).unflatten(-1, (8, 4, 2, 2, 2, 2, 2))  # tiles, chunks, g, t, p, q, h, c, half
-        codes = _move(split, "TCgtpqhcH", "THgCptqch").flatten(-6)
+        codes = move(split, "TCgtpqhcH", "THgCptqch").flatten(-6)
     else:
         split = part.unflatten(-1, (8, 4, 4, 2, 2))  # tiles, blocks, g, t, i, half, h
-        codes = _move(split, "TBgtiHh", "THgBtih").flatten(-4)
+        codes = move(split, "TBgtiHh", "THgBtih").flatten(-4)
     codes = codes.flatten(-4, -2)[..., :rows, :columns]
     scales = prepared.scales.contiguous().view(torch.int16).unflatten(-1, (4, 2))
     zeros = None
@@ -120,7 +120,7 @@ def restore(prepared: Prepared, *, group_size: int) -> Integers:
 
 def _rows(per_group: Tensor, prepared: Prepared, group_size: int) -> Tensor:
     """`[..., tiles, quads, g, j, half]` -> `[..., N, J]` with one entry per group of the file."""
-    wide = _move(per_group, "TQgjH", "THgQj").flatten(-5, -3).flatten(-2)
+    wide = move(per_group, "TQgjH", "THgQj").flatten(-5, -3).flatten(-2)
     step = group_size // prepared.group if prepared.group else 1
     count = -(-prepared.columns // group_size)
     return wide[..., : prepared.rows, ::step][..., :count].contiguous()
@@ -133,24 +133,24 @@ def _order_codes(codes: Tensor, bits: int) -> Tensor:
     tiled = padded.unflatten(-2, (-1, 2, 8))
     if bits == 4:
         split = tiled.unflatten(-1, (-1, 2, 4, 2, 2, 2))  # tiles, half, g, chunks, p, t, q, c, h
-        nibbles = _move(split, "THgCptqch", "TCgtpqhcH")
+        nibbles = move(split, "THgCptqch", "TCgtpqhcH")
         bytes_ = (nibbles[..., 0] | nibbles[..., 1] << 4).flatten(-6)
     else:
         split = tiled.unflatten(-1, (-1, 4, 4, 2))  # tiles, half, g, blocks, t, i, h
-        bytes_ = _move(split, "THgBtih", "TBgtiHh").flatten(-5)
+        bytes_ = move(split, "THgBtih", "TBgtiHh").flatten(-5)
     return bytes_.contiguous().view(torch.int32)
 
 
-def _order_scales(bit_patterns: Tensor) -> Tensor:
+def order_scales(bit_patterns: Tensor) -> Tensor:
     """int16 `[..., N, J]` -> int32 `[..., tiles, quads, 8, 4]`."""
-    return _move(_quads(bit_patterns), "THgQj", "TQgjH").contiguous().view(torch.int32)[..., 0]
+    return move(_quads(bit_patterns), "THgQj", "TQgjH").contiguous().view(torch.int32)[..., 0]
 
 
 def _order_zeros(zeros: Tensor, bits: int) -> Tensor:
     """uint8 `[..., N, J]` -> int32 `[..., tiles, quads, 8]` for 4 bits, `[..., tiles, quads, 8, 2]` for 8."""
     if bits == 8:
-        return _move(_quads(zeros), "THgQj", "TQgHj").contiguous().view(torch.int32)[..., 0]
-    pairs = _move(_quads(zeros), "THgQj", "TQgjH")
+        return move(_quads(zeros), "THgQj", "TQgHj").contiguous().view(torch.int32)[..., 0]
+    pairs = move(_quads(zeros), "THgQj", "TQgjH")
     return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)[..., 0]
 
 
@@ -161,7 +161,7 @@ def _quads(per_group: Tensor) -> Tensor:
     return padded.unflatten(-2, (-1, 2, 8)).unflatten(-1, (-1, 4))
 
 
-def _move(tensor: Tensor, before: str, after: str) -> Tensor:
+def move(tensor: Tensor, before: str, after: str) -> Tensor:
     """Permute the last axes, one letter each."""
     lead = tensor.ndim - len(before)
     return tensor.permute(*range(lead), *(lead + before.index(letter) for letter in after))
