@@ -21,6 +21,7 @@ from ..eval.perplexity import decoder_returns
 from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.errors import InputError
 from ..serving.linear import CompressedLinear, check_linears
+from ..serving.load import resolve_dtype
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, tensor_names, tied_names
 
 _LOGITS = 2**21  # logits that exist at once: 8 MB of fp32, where all of a 262k vocabulary's are 1 GB per 1024 tokens
@@ -29,6 +30,19 @@ _LOGITS = 2**21  # logits that exist at once: 8 MB of fp32, where all of a 262k 
 def batch_size(length: int) -> int:
     """Windows of `length` tokens to run at once: 1024 tokens fill the matmuls and keep their activations small."""
     return max(1, 1024 // length)
+
+
+def compute_dtype(dtype: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What blocks compute in while they are compressed: `resolve_dtype`, but `auto` also picks bf16 on fast CPUs.
+
+    Those are CPUs that multiply bf16 with fp32 sums; weights stored as bf16 lose nothing, and rounding an activation by
+    2^-9 changes its second moments far less than the choice of calibration text does.
+    """
+    if dtype == "auto" and device.type == "cpu" and stored == torch.bfloat16:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return resolve_dtype(dtype, device, stored)
 
 
 def open_dense(path: Path) -> Checkpoint:

@@ -1,8 +1,9 @@
-"""The one sequential driver: embed once, then per block collect, solve, replace, propagate, write."""
+"""The one sequential driver: embed once, then per block run up to each linear, solve it, replace it, go on, write."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.load import load_tokenizer, resolve_device, resolve_dtype, stored_dtype
+from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from ..serving.storage import dense_weight, pack_weight
 from . import writer
-from .blocks import BlockWalker, open_dense
+from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
+from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
 from .passes import PASSES, StageConfig
 from .passes.hessian import HessianError
 from .recipe import Recipe
 from .report import CompressionReport, DevPerplexity, LayerReport, OnProgress, Progress, Verification, silent
-from .statistics import InputStatistics, collect, keep_inputs
+from .statistics import InputStatistics
 
 _SHARD_BYTES = 2 * 2**30
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
@@ -64,7 +66,7 @@ def compress_checkpoint(
     )
     checkpoint = open_dense(source.path)
     where = resolve_device(device)
-    walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
+    walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
     partial = writer.prepare(out, overwrite)
@@ -73,7 +75,7 @@ def compress_checkpoint(
     windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
     del tokenizer
     release_memory()
-    settings = (recipe.to_yaml(), str(walker.dtype), where.type, str(bf16_calibration(walker)))
+    settings = (recipe.to_yaml(), str(walker.dtype), where.type)
     identity = fingerprint(checkpoint, [*windows.calibration, *windows.dev], *settings)
     journal = Journal(partial, identity, fresh)
     run = _Run(walker, stages, windows, journal, progress)
@@ -141,7 +143,6 @@ class _Run:
         self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
         self.dev_dense: list[Tensor] = []  # ... and of the dense one
         self.tensors = walker.stored()
-        self.bf16_calibration = bf16_calibration(walker)
         self.layers: list[LayerReport] = []
 
     def all_blocks(self) -> int:
@@ -160,70 +161,73 @@ class _Run:
         return resumed
 
     def _one_block(self, index: int) -> bool:
-        """Solve block `index`, or take it from the journal; propagate both dev streams and the calibration stream."""
+        """Solve block `index`, or take it from the journal; every stream becomes the block's outputs on it."""
         walker, part = self.walker, part_name(index)
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
-            self._propagate(index, block, self.dev_dense)
             linears = {n: m for n, m in walker.block_linears(index).items() if n in self.stages}
+            first, *others = self.dev_dense
+            groups = input_groups(linears, lambda: self._propagate(index, block, [first]))
+            self._propagate(index, block, others)
             entry = self.journal.done(part)
             if entry is not None:
                 self._restore(part, linears)
                 self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
+                self._propagate(index, block, [*self.hidden, *self.dev])
             else:
-                layers, packed = self._solve(index, block, linears)
+                layers, packed = self._solve(index, block, linears, groups)
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
                 self.journal.record(part, layers=[layer.model_dump() for layer in layers])
                 self.layers += layers
-            if index + 1 < walker.n_blocks:  # nobody calibrates on the last block's outputs
-                self._propagate(index, block, self.hidden, self.bf16_calibration)
-            self._propagate(index, block, self.dev)
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
         return entry is not None
 
-    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor], bf16: bool = False) -> None:
+    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
         """Replace the block's inputs in `stream` by its outputs."""
         for x in stream:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                x.copy_(self.walker.run(index, block, x))
+            x.copy_(self.walker.run(index, block, x))
 
+    @torch.no_grad()
     def _solve(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], groups: list[list[str]]
     ) -> tuple[list[LayerReport], dict[str, Tensor]]:
-        """Collect statistics of the compressed stream, then solve and replace every linear of the block.
+        """Solve and replace the block's linears, group by group, on the compressed stream, and propagate that stream.
 
         Also returns what the checkpoint will store for them, by full tensor name.
         """
-        if not linears:
-            return [], {}
-        walker = self.walker
-        hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in linears)
-
-        def forward(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_calibration):
-                return walker.run(index, block, x)
-
-        statistics = collect(linears, hessian, forward, self.hidden)
-        held_out = keep_inputs(linears, forward, self.dev[0])
-        release_memory()  # the solvers need other sizes than the forward passes left behind
+        walker, prefix = self.walker, self.walker.block_prefix(index)
         layers: list[LayerReport] = []
         packed: dict[str, Tensor] = {}
-        for name, linear in linears.items():
-            layer, tensors = self._solve_linear(name, linear, statistics.get(name), held_out.get(name))
-            layers.append(layer)
-            packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-            done = f"{name.removeprefix(walker.block_prefix(index) + '.')} {describe_errors(layer)}"
-            self.progress(Progress("blocks", index, walker.n_blocks, f"{walker.block_prefix(index)} {done}"))
+
+        run = partial(walker.run, index, block)
+        calibration, dev = ([PausingPass(run, x) for x in stream] for stream in (self.hidden, self.dev))
+        with pauses({group[0]: linears[group[0]] for group in groups}):
+            for group in groups:
+                hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in group)
+                statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
+                for forward in calibration:
+                    statistics.add(forward.run_to(group[0]))
+                held_out = torch.cat([spread_rows(forward.run_to(group[0]), 256 // len(dev)) for forward in dev])
+                release_memory()  # the solvers need other sizes than the forward passes left behind
+                for name in group:
+                    layer, tensors = self._solve_linear(name, linears[name], statistics, held_out)
+                    layers.append(layer)
+                    packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+                    done = f"{name.removeprefix(prefix + '.')} {describe_errors(layer)}"
+                    self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
+                del statistics
+            # Nobody calibrates on the last block's outputs.
+            unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
+            for forward, x in [*unfinished, *zip(dev, self.dev, strict=True)]:
+                x.copy_(forward.finish())
         return layers, packed
 
     def _solve_linear(
-        self, name: str, linear: nn.Linear, statistics: InputStatistics | None, held_out: Tensor | None
+        self, name: str, linear: nn.Linear, statistics: InputStatistics, held_out: Tensor
     ) -> tuple[LayerReport, dict[str, Tensor]]:
         """Solve one linear and give it the weights that its stored tensors, also returned, stand for."""
         stage = self.stages[name]
-        if statistics is None or held_out is None:
-            raise RunError(f"{name}: received no calibration tokens; ignore it in the recipe or use more samples")
         statistics.require_usable(name)
         weight = linear.weight.float()
         if not bool(torch.isfinite(weight).all()):
@@ -305,18 +309,10 @@ def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
     return lost / wanted if wanted else 0.0
 
 
-def bf16_calibration(walker: BlockWalker) -> bool:
-    """Whether calibration windows are multiplied in bf16 while blocks compute in fp32: on CPUs with bf16 instructions.
-
-    The weights are bf16 already, and rounding an input by 2^-9 changes its second moments far less than the choice of
-    calibration text does; the residual stream stays fp32, and so do the dev windows that are verified and scored.
-    """
-    if walker.device.type != "cpu" or walker.dtype != torch.float32:
-        return False
-    if stored_dtype(walker.checkpoint) != torch.bfloat16:
-        return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+def spread_rows(x: Tensor, rows: int) -> Tensor:
+    """A copy of up to `rows` evenly spaced rows `[rows, K]` of `x` `[..., K]`."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[:: -(-len(flat) // rows)].clone()
 
 
 def part_name(index: int) -> str:

@@ -11,12 +11,12 @@ import psutil
 import torch
 from pydantic import BaseModel
 
-from ..serving.load import resolve_device, resolve_dtype, stored_dtype
+from ..serving.load import resolve_device, stored_dtype
 from ..serving.scheme import FUSED
 from ..serving.skeleton import logit_chunk
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
-from .blocks import BlockWalker, open_dense
+from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import DEV_SHARE, check_context
 from .passes import PASSES, StageConfig
 from .recipe import Recipe
@@ -74,7 +74,7 @@ def plan(
     source = resolve_model(str(model), trust_remote_code=trust_remote_code)
     checkpoint = open_dense(source.path)
     where = resolve_device(device)
-    walker = BlockWalker(checkpoint, where, resolve_dtype(dtype, where, stored_dtype(checkpoint)))
+    walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     check_context(recipe.calibration, walker.max_length)
     stages = recipe.resolve(shapes)
