@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from ..serving.load import resolve_device, stored_dtype
 from ..serving.scheme import FUSED
-from ..serving.skeleton import logit_chunk
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from .blocks import BlockWalker, compute_dtype, open_dense
@@ -136,31 +135,27 @@ def _peak_bytes(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
 ) -> float:
-    """This process now, plus activations, plus the largest of: embedding, one block with its Hessians, the head."""
+    """This process now, plus the activation streams, plus the larger of: the rows embedded, and one block at work."""
     size = walker.dtype.itemsize
     text = walker.model.config.get_text_config()
-    calibration = recipe.calibration
-    windows = calibration.samples + 2 * max(1, calibration.samples // DEV_SHARE)
-    streams = windows * calibration.seqlen * text.hidden_size * size
-    tensors = walker.stored()
-    outside = sum(prod(tensors[name].shape) for name in walker.outside_names()) * size
-    logits = 3 * logit_chunk(walker.model.config) * text.vocab_size * 4
+    calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
+    streams = (compressed + dense) * text.hidden_size * size
+    embedded = 2 * min(text.vocab_size, compressed) * text.hidden_size * size  # the rows, one by one and together
     block = 0.0
     for index in range(walker.n_blocks):
         names = list(walker.block_linears(index))
         held = sum(prod(shapes[n]) for n in names) * size
+        # A pass that pauses holds the residual stream, the normed one, and the input it pauses at.
+        paused = compressed * (2 * text.hidden_size + max(shapes[n][1] for n in names)) * size
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
-        hessians, solver = 0, 0
-        for first in _inputs(stages, {n: shapes[n] for n in names}):
+        solver = 0
+        for first, members in _inputs(stages, {n: shapes[n] for n in names}).items():
             needs = PASSES[stages[first].name].needs
-            n, k = shapes[first]
-            hessians += 4 * k * k if needs == "hessian" else 4 * k
-            solver = max(
-                solver,
-                4 * n * k * _SOLVER_COPIES[needs] + (4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 0),
-            )
-        block = max(block, held + hessians + max(solver, transient))
-    return psutil.Process().memory_info().rss + streams + max(outside + logits, block)
+            k, n = shapes[first][1], max(shapes[name][0] for name in members)
+            hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 4 * k
+            solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
+        block = max(block, held + paused + max(solver, transient))
+    return psutil.Process().memory_info().rss + streams + max(embedded, block)
 
 
 def _seconds(
@@ -169,16 +164,29 @@ def _seconds(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
 ) -> float:
-    """Two forward passes, the Hessians and the solvers' matmuls, at this device's measured matmul speed."""
-    tokens = recipe.calibration.samples * recipe.calibration.seqlen
-    operations = 2.2 * 2.0 * tokens * sum(prod(shape) for shape in shapes.values())
+    """Forward passes, Hessians, solvers and the dev set's logits, at this device's measured matmul speeds."""
+    text = walker.model.config.get_text_config()
+    calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
+    tokens = calibration.samples * calibration.seqlen
+    # The dev set runs through the reloaded checkpoint too, and its logits are computed dense and compressed.
+    operations = 2.0 * (compressed + 2 * dense) * sum(prod(shape) for shape in shapes.values())
+    operations += 2 * 2.0 * dense * text.vocab_size * text.hidden_size
+    solvers = 0.0
     for first, members in _inputs(stages, shapes).items():
         stage, k = stages[first], shapes[first][1]
         if PASSES[stage.name].needs == "hessian":
             operations += tokens * k * k * 1.3
             rounds = sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents")) or 1
-            operations += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
-    return operations / (_matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE)
+            solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
+    speeds = [_matmul_speed(walker.device, dtype) * _MATMUL_SHARE for dtype in (walker.dtype, torch.float32)]
+    return operations / speeds[0] + solvers / speeds[1]
+
+
+def _tokens(recipe: Recipe) -> tuple[int, int]:
+    """Tokens that run through the compressed blocks (calibration and dev sets), and through the dense ones (dev)."""
+    calibration = recipe.calibration
+    dev = max(1, calibration.samples // DEV_SHARE) * calibration.seqlen
+    return calibration.samples * calibration.seqlen + dev, dev
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -386,7 +386,7 @@ def test_another_run_is_refused_until_fresh(
         shutil.copytree(dense, model)
         change_tensor(model, "model.norm.weight", lambda t: t.mul_(1.5))
     else:
-        options["dtype"] = "bfloat16"
+        options["dtype"] = "float16"
     message = fails(InputError, model, recipe, out, **options)
     assert str(partial) in message
     assert "--fresh" in message

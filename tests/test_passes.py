@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfweight.compress.passes import PASSES, ADMMConfig, PruneResult, PruningConfig, SparseGPTConfig
 from halfweight.compress.passes.admm.solver import conjugate_gradient, gradual_mask
 from halfweight.compress.passes.hessian import HessianError, damped_cholesky, inverse_upper_factor
 from halfweight.compress.passes.masks import nm_mask, pattern_mask, top_mask
-from halfweight.compress.statistics import InputStatistics, add_gram, collect, keep_inputs, mirror_upper
+from halfweight.compress.statistics import InputStatistics, add_gram, mirror_upper
 from halfweight.serving.errors import RunError
 
 CPU = torch.device("cpu")
@@ -546,11 +546,23 @@ def test_gram_tiles_cover_the_upper_triangle(tile: int) -> None:
     torch.testing.assert_close(mirror_upper(total), 2 * rows.T @ rows)
 
 
+def test_gram_of_bf16_rows_is_rounded_and_not_biased() -> None:
+    rows = torch.randn(512, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(48, 48)
+    for part in rows.split(64):
+        add_gram(total, part, 16)
+    exact = rows.double().T @ rows.double()
+    wrong = mirror_upper(total).double() - exact
+    assert float(wrong.norm() / exact.norm()) < 2**-9
+    assert float(torch.linalg.matrix_norm(wrong, 2)) < 0.01 * float(exact.diagonal().mean()) / 4  # SparseGPT's damping
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_16_bit_inputs_do_not_overflow(dtype: torch.dtype) -> None:
     x = torch.full((100, 4), 3e4).to(dtype)
     statistics = statistics_of(x)
-    torch.testing.assert_close(statistics.hessian, torch.full((4, 4), float(x[0, 0]) ** 2))
+    rtol = 2**-9 if dtype == torch.bfloat16 else 1e-6  # a CPU's bf16 products are rounded once per call
+    torch.testing.assert_close(statistics.hessian, torch.full((4, 4), float(x[0, 0]) ** 2), rtol=rtol, atol=0)
 
 
 def test_diagonal_statistics_have_no_hessian() -> None:
@@ -579,100 +591,3 @@ def test_unusable_statistics_name_the_module_and_the_tokens(x: Tensor, message: 
 
 def test_one_non_zero_input_is_usable() -> None:
     statistics_of(torch.tensor([[0.0, 0, 1e-3, 0]])).require_usable("q_proj")
-
-
-class Attention(nn.Module):
-    """Linears that share an input, one that gets an equal copy, one with its own, and one that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("q", "k", "v", "copy", "o", "unused"):
-            self.add_module(name, nn.Linear(8, 8, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = self.q(x) + self.k(x) + self.v(x)
-        return self.o(mixed + self.copy(x.clone()))
-
-    def linears(self) -> dict[str, nn.Linear]:
-        return {name: module for name, module in self.named_children() if isinstance(module, nn.Linear)}
-
-
-@pytest.fixture
-def attention() -> Attention:
-    torch.manual_seed(0)
-    return Attention().requires_grad_(False)
-
-
-@pytest.mark.parametrize("hessian", [True, False])
-def test_linears_with_one_input_share_statistics(attention: Attention, hessian: bool) -> None:
-    inputs = [torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(tokens)) for tokens in (3, 5, 4)]
-    seen: list[Tensor] = []
-    attention.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    statistics = collect(attention.linears(), hessian, attention, inputs)
-    assert set(statistics) == {"q", "k", "v", "copy", "o"}
-    assert statistics["q"] is statistics["k"] is statistics["v"]
-    assert len({id(statistics[name]) for name in ("q", "copy", "o")}) == 3
-    for name, expected in (("q", inputs), ("copy", inputs), ("o", seen)):
-        rows = torch.cat(expected, dim=1)[0]
-        assert statistics[name].tokens == 12
-        torch.testing.assert_close(statistics[name].mean_square, rows.square().mean(0))
-        if hessian:
-            torch.testing.assert_close(statistics[name].hessian, rows.T @ rows / 12)
-
-
-def test_hooks_are_removed_even_after_an_error(attention: Attention) -> None:
-    def fail(x: Tensor) -> None:
-        attention(x)
-        raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"):
-        collect(attention.linears(), True, fail, [torch.ones(1, 2, 8)])
-    assert not any(module._forward_pre_hooks for module in attention.modules())
-
-
-def test_later_passes_end_at_the_last_input_but_not_when_a_linear_is_called_twice(attention: Attention) -> None:
-    inputs = [torch.ones(1, 2, 8)] * 3
-    finished = []
-
-    def once(x: Tensor) -> None:
-        attention(x)
-        finished.append("once")
-
-    def twice(x: Tensor) -> None:
-        attention(x)
-        attention(x)
-        finished.append("twice")
-
-    called = {name: linear for name, linear in attention.linears().items() if name != "unused"}
-    assert collect(called, True, once, inputs)["o"].tokens == 6
-    assert finished == ["once"]
-    assert collect(called, True, twice, inputs)["o"].tokens == 12
-    assert finished[1:] == ["twice"] * 3
-    # A linear that sat out the first pass may run in a later one (routed experts do).
-    assert collect(attention.linears(), True, once, inputs)["o"].tokens == 6
-    assert finished[4:] == ["once"] * 3
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rows", "expected"), [(5, 256, 5), (256, 256, 256), (257, 256, 129), (900, 256, 225), (10, 3, 3)]
-)
-def test_kept_inputs_have_at_most_the_rows_asked_for(
-    attention: Attention, tokens: int, rows: int, expected: int
-) -> None:
-    x = torch.arange(tokens, dtype=torch.float32)[None, :, None].expand(1, tokens, 8)
-    kept = keep_inputs(attention.linears(), attention, x, rows)
-    assert set(kept) == {"q", "k", "v", "copy", "o"}
-    assert all(tuple(value.shape) == (expected, 8) for value in kept.values())
-    assert kept["q"] is kept["k"] is kept["v"]
-    assert torch.equal(kept["q"], kept["copy"])
-    chosen = kept["q"][:, 0].tolist()
-    assert len(set(chosen)) == expected
-    gaps = {after - before for before, after in pairwise(chosen)}
-    assert len(gaps) <= 1
-
-
-def test_kept_inputs_do_not_follow_later_changes(attention: Attention) -> None:
-    x = torch.ones(1, 4, 8)
-    kept = keep_inputs(attention.linears(), attention, x)
-    x.zero_()
-    assert torch.equal(kept["q"], torch.ones(4, 8))
