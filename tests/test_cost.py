@@ -65,8 +65,10 @@ def test_bytes_in_flight() -> None:
     # A load that is awaited in the next trip overlaps with its successor.
     assert code((load, 0, 2), (load, 1, 1), (use, None, 0)).bytes_in_flight == 512
     assert code((load, 0, 0), (use, None, 2), (load, 1, 1)).bytes_in_flight == 1024
-    # Loads of activations do not count.
-    assert code(("LDG.E.EL.128 R4, [R2]", 0, 0), (use, None, 1)).bytes_in_flight == 0
+    # Loads of activations count only where there are no others.
+    other = "LDG.E.EL.128 R4, [R2]"
+    assert code((other, 0, 0), (load, 1, 0), (use, None, 1), (use, None, 2)).bytes_in_flight == 512
+    assert code((other, 0, 0), (use, None, 1)).bytes_in_flight == 512
 
 
 def test_amd_has_no_sass() -> None:

@@ -8,7 +8,15 @@ import torch
 
 from .launch import Kernel, Launch, Shape
 
-OPS: tuple[str, ...] = ("two_four", "two_four_int4", "int4", "input_select")
+OPS: tuple[str, ...] = (
+    "two_four",
+    "two_four_int4",
+    "int4",
+    "group_int4",
+    "input_select",
+    "input_select_int4",
+    "tied",
+)
 
 
 def kernels(op: str | None = None) -> tuple[Kernel, ...]:

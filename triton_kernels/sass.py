@@ -7,7 +7,6 @@ from loads of activations here.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,12 +64,13 @@ class Sass:
     def instructions_per_thread(self, weight_bytes_per_thread: float, *prefixes: str) -> float:
         """Instructions a thread executes: everything once, and the main loop until all its weights are loaded.
 
-        With `prefixes`, only opcodes that start with one of them. An upper bound: both sides of a branch count, and so
-        do peeled or remainder copies of the loop.
+        Loops of a kernel that loads no weights, over the tokens for instance, count once: compared with the kernels
+        that do, its work is small. With `prefixes`, only opcodes that start with one of them. An upper bound: both
+        sides of a branch count, and so do peeled or remainder copies of the loop.
         """
         loop = self.main_loop
         trips = 1.0
-        if loop is not self.instructions:
+        if loop is not self.instructions and weight_bytes_per_thread:
             per_trip = weight_bytes(loop)
             if not per_trip:
                 raise ValueError("the main loop loads no weights with evict_first")
@@ -80,15 +80,18 @@ class Sass:
 
     @cached_property
     def bytes_in_flight(self) -> int:
-        """The most bytes of weights that one warp has requested and not yet waited for, in the main loop.
+        """The most bytes of weights that one warp has requested and not yet waited for, in the main loop; of anything,
+        where there are no weights.
 
         A load signals a scoreboard when its data arrives; until an instruction waits for that one it is in flight.
         """
         flying: dict[int, int] = {}
         most = 0
+        no_weights = not weight_bytes(self.main_loop)
         for instruction in self.main_loop * 2:  # twice: loads may be awaited in the next trip
             flying = {board: size for board, size in flying.items() if not instruction.waits >> board & 1}
-            if instruction.is_weight_load and instruction.signals is not None:
+            counts = instruction.is_weight_load or (no_weights and instruction.opcode.startswith("LDG"))
+            if counts and instruction.signals is not None:
                 flying[instruction.signals] = flying.get(instruction.signals, 0) + 32 * instruction.width
                 most = max(most, sum(flying.values()))
         return most
@@ -125,24 +128,6 @@ def parse(text: str) -> Sass:
 def weight_bytes(instructions: tuple[Instruction, ...]) -> int:
     """Bytes of weights a thread loads in one pass over `instructions`."""
     return sum(instruction.width for instruction in instructions if instruction.is_weight_load)
-
-
-def bytes_in_flight(loop: tuple[Instruction, ...]) -> int:
-    """Most bytes a warp has requested from memory and not yet waited for, in steady state of `loop`.
-
-    Read from the scoreboards: a load is outstanding until an instruction waits for the barrier it signals. Narrow loads
-    (under 8 bytes per thread) mostly hit caches and do not count.
-    """
-    outstanding: Counter[int] = Counter()
-    most = 0
-    for instruction in loop * 2:
-        for barrier in range(6):
-            if instruction.waits >> barrier & 1:
-                outstanding.pop(barrier, None)
-        if instruction.opcode.startswith("LDG") and instruction.signals is not None and instruction.width >= 8:
-            outstanding[instruction.signals] += 32 * instruction.width
-        most = max(most, sum(outstanding.values()))
-    return most
 
 
 def _count(instructions: tuple[Instruction, ...], prefixes: tuple[str, ...]) -> int:

@@ -199,7 +199,7 @@ def facts_of(case: Case, gpu: cost.GPU) -> Facts:
     for kernel, launch in registry.steps(case.op, case.shape, dtype, gpu.target):
         binary = aot.compile_launch(kernel.jit(), launch, gpu.target)
         weight_bytes = kernel.weight_bytes(case.shape, dtype)
-        if weight_bytes:
+        if kernel.weights(case.shape):
             unread = (1 - share) * weight_bytes
             size, minimum = (formula(case.shape, dtype) - unread for formula in (kernel.bytes, kernel.minimum_bytes))
             excess = reread_per_program(kernel, case.shape, dtype, gpu.target)
@@ -277,8 +277,8 @@ def _file(cache: Path, case: Case, gpu: cost.GPU) -> Path:
 
     here = Path(__file__).parent
     digest = hashlib.sha256(repr((case, gpu, triton.__version__, torch.__version__)).encode())
-    for folder in (here, here / "simulate", here / "formats", here / case.op):
-        for source in sorted(folder.glob("*.py")):
+    for source in sorted(here.rglob("*.py")):  # operators share kernels
+        if source.parent != here / "cpu":
             digest.update(source.read_bytes())
     return cache / f"{digest.hexdigest()[:32]}.json"
 

@@ -179,11 +179,11 @@ def _bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     width = layout.tile_width(EXAMPLE_KEPT_GROUP if sparse else EXAMPLE_GROUP)
     tiles = -(-n // width)
     chunks = -(-k // chunk_size(k, tiles))
-    picked = 4 * k + 4 * chunks + m * k * dtype.itemsize
+    picked = 4 * k + 16 * -(-chunks // 4) + m * k * dtype.itemsize
     if kernel == "pick":
         return picked + m * k * dtype.itemsize + 4
     scales = 3 * k * _kept(n) + 4 * tiles * k if sparse else 2 * k * tiles
-    return _weight_bytes(shape, dtype, kernel=kernel) + scales + picked + 4 * chunks * m * n
+    return _weight_bytes(shape, dtype, kernel=kernel) + scales + picked + min(32, 16 * tiles) + 4 * chunks * m * n
 
 
 def _minimum_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
@@ -194,7 +194,7 @@ def _minimum_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     sparse = kernel.startswith("group")
     tiles = -(-n // layout.tile_width(EXAMPLE_KEPT_GROUP if sparse else EXAMPLE_GROUP))
     chunks = -(-k // chunk_size(k, tiles))
-    lists_and_sums = 4 * k + 4 * chunks + m * k * dtype.itemsize + 4 * chunks * m * n
+    lists_and_sums = 4 * k + 16 * -(-chunks // 4) + m * k * dtype.itemsize + min(32, 16 * tiles) + 4 * chunks * m * n
     scales = 4 * k * _kept(n) if sparse else 2 * k * -(-n // EXAMPLE_GROUP)
     return _weights(shape, kernel=kernel) // 2 + scales + lists_and_sums
 

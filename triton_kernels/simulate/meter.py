@@ -33,16 +33,17 @@ class OutOfBounds(IndexError):
 
 @dataclass
 class Traffic:
-    """What a launch did to one tensor argument. `requested`: bytes asked for, all lanes and programs."""
+    """What a launch did to one tensor argument of `size` bytes. `requested`: bytes asked for, by all lanes."""
 
+    size: int
     requested: int = 0
     sectors: set[int] = field(default_factory=set)
     l2_bytes: int = 0
 
     @property
     def dram_bytes(self) -> int:
-        """Bytes of the distinct sectors touched."""
-        return SECTOR * len(self.sectors)
+        """Bytes of the distinct sectors touched; of a short tensor, no more than it has."""
+        return min(self.size, SECTOR * len(self.sectors))
 
 
 @dataclass
@@ -71,14 +72,15 @@ class Metering:
 def meter(jit: Any, launch: Launch) -> Metering:
     """Interpret `launch` and count its traffic; tensor arguments must be contiguous.
 
-    Raises triton's InterpreterError around an OutOfBounds that names program and source line.
+    A tensor that is passed twice counts under its first name. Raises triton's InterpreterError around an OutOfBounds
+    that names program and source line.
     """
     ranges = {
         name: (value.data_ptr(), value.data_ptr() + value.numel() * value.element_size())
         for name, value in launch.arguments.items()
         if isinstance(value, Tensor)
     }
-    result = Metering({name: Traffic() for name in ranges}, {})
+    result = Metering({name: Traffic(stop - start) for name, (start, stop) in ranges.items()}, {})
     with _hooks(result, ranges):
         interpret(jit, launch)
     return result
@@ -98,7 +100,7 @@ def _hooks(result: Metering, ranges: dict[str, tuple[int, int]]) -> Iterator[Non
         program = tuple(int(index) for index in builder.grid_idx)
         known = np.zeros(addresses.size, bool)
         for name, (start, stop) in ranges.items():
-            inside = (addresses >= start) & (addresses + size <= stop)
+            inside = (addresses >= start) & (addresses + size <= stop) & ~known
             if inside.any():
                 known |= inside
                 _count(result, seen, program, name, addresses[inside], size)

@@ -77,8 +77,21 @@ def _example(shape: Shape, dtype: torch.dtype, target: str, *, real: bool) -> La
 
 
 def _bytes(shape: Shape, dtype: torch.dtype, rows: int) -> int:
-    """`rows` times the codes of each token, a sector of scales for every quad of groups, its id and its output."""
-    return shape.m * (rows * -(-shape.k // 64) * 64 + -(-shape.k // 512) * 32 + 8 + shape.k * dtype.itemsize)
+    """`rows` times the codes of each distinct id, a sector of its scales for every quad of groups; ids and outputs."""
+    distinct = min(shape.m, -(-shape.n // 16))  # of the examples' ids
+    read = distinct * (rows * -(-shape.k // 64) * 64 + -(-shape.k // 512) * 32)
+    return read + shape.m * (8 + shape.k * dtype.itemsize)
+
+
+def steps(shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[str, Launch]]:
+    """One token's way through an int8 module: its row, and the logits of `[n, k]`; for each of `m` tokens.
+
+    Raises LookupError where the head has no kernel of known cost.
+    """
+    if int4.choose(*shape, dtype, target) != "fragment":
+        raise LookupError(f"no head of known cost for {shape.m} tokens on {target}")
+    head = next(kernel for kernel in int4.KERNELS if kernel.name == "int4.fragment_int8")
+    return [(kernel.name, kernel.example(shape, dtype, target)) for kernel in (KERNELS[0], head)]
 
 
 KERNELS = (
