@@ -27,7 +27,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(status or 0)
     except click_exception as error:
-        fail(f"{error.format_message()}; see `halfweight --help`", 2)
+        fail(f"{error.format_message().rstrip('.')}; see `halfweight --help`", 2)
     except HalfweightError as error:
         fail(str(error), error.exit_code)
     except MemoryError:

@@ -70,9 +70,10 @@ def compress_checkpoint(
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
     partial = writer.prepare(out, overwrite)
-    writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
-    tokenizer = load_tokenizer(source.path)
-    windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
+    with writer.no_empty_leftover(partial):
+        writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+        tokenizer = load_tokenizer(source.path)
+        windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
     del tokenizer
     release_memory()
     settings = (recipe.to_yaml(), str(walker.dtype), where.type)

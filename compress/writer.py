@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,17 @@ def prepare(out: Path, overwrite: bool) -> Path:
     except OSError as error:
         raise InputError(f"{partial}: cannot be written ({error.strerror}); choose another --out") from None
     return partial
+
+
+@contextmanager
+def no_empty_leftover(partial: Path) -> Iterator[None]:
+    """Remove the work folder again when the `with` fails before anything is in it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds an unfinished run
+            partial.rmdir()
+        raise
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -545,6 +545,7 @@ BAD_INPUT: dict[str, Case] = {
         lambda w: w.compress(None, "--calibration", "organisation/dataset"),
         ("organisation/dataset",),
     ),
+    "no --out": (lambda w: ["compress", w.llama, "--recipe", w.recipe], ("'--out'; see",)),
     "prompt without tokens": (lambda w: ["generate", w.llama, "--prompt", ""], ("--prompt",)),
 }
 
@@ -558,6 +559,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, world: World, cli: Cli
     assert result.code == 2
     assert [word for word in words if word not in message] == [], message
     assert not world.out.exists()
+    assert not world.out.with_name(world.out.name + ".partial").exists()
     assert full.read_text() == "mine"
 
 
