@@ -102,14 +102,19 @@ def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Sha
 
 def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Weight:
     """The stored tensors of a linear `[N, K]` in a model of `dtype`, as the kernels take them."""
-    settings = {} if scheme.integers is None else scheme.integers.model_dump()
-    if scheme.group is not None:
-        settings |= {"segments": scheme.segments, "layer": scheme.balance == "layer"}
 
     def expand(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return dense_weight(scheme, tensors, shape, dtype)
 
-    return Weight(scheme.op, tensors, shape, settings, dtype, expand)
+    return Weight(scheme.op, tensors, shape, settings_of(scheme), dtype, expand)
+
+
+def settings_of(scheme: LinearScheme) -> dict[str, int]:
+    """What the kernels need to know about a scheme beside its op."""
+    settings = {} if scheme.integers is None else scheme.integers.model_dump()
+    if scheme.group is not None:
+        settings |= {"segments": scheme.segments, "layer": scheme.balance == "layer"}
+    return settings
 
 
 def pack_weight(

@@ -9,12 +9,14 @@ from pydantic import BaseModel
 from torch import nn
 
 from ..triton_kernels import dispatch
-from .linear import CompressedLinear
+from .linear import CompressedWeight
 from .scheme import LinearScheme
+from .storage import settings_of
 
 
 class Choice(BaseModel):
-    """What runs one compressed linear `[N, K]`: `backend` is `triton`, `cpu` or `reference`; `reason` says why."""
+    """What runs one compressed linear, or embedding with its head, `[N, K]`: `backend` is `triton`, `cpu` or
+    `reference`; `reason` says why."""
 
     name: str
     shape: tuple[int, int]
@@ -27,7 +29,7 @@ class Choice(BaseModel):
 def warmup(
     model: nn.Module, batch_sizes: Sequence[int] = (1,), dtype: torch.dtype | None = None, seed: int = 0
 ) -> list[Choice]:
-    """Prepare every compressed linear of `model` for `batch_sizes` (tokens per forward pass) and return the choices.
+    """Prepare every compressed weight of `model` for `batch_sizes` (tokens per forward pass) and return the choices.
 
     Each distinct kind of linear (scheme and shape) first runs on random inputs on its own device and is compared with
     the reference; kernels that disagree are off from then on and the linears run on the reference, with the reason in
@@ -35,10 +37,11 @@ def warmup(
     model's).
     """
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    kinds: dict[tuple[LinearScheme, tuple[int, int]], CompressedLinear] = {}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, CompressedWeight)}
+    kinds: dict[tuple[str, LinearScheme, tuple[int, int]], CompressedWeight] = {}
     for module in linears.values():
-        kinds.setdefault((module.scheme, module.shape), module)
+        module.stored()  # what was chosen before is chosen anew, with what the checks find
+        kinds.setdefault((module.op, module.scheme, module.shape), module)
     for module in kinds.values():
         for tokens in batch_sizes:
             module.verify(dtype, tokens, seed)
@@ -48,21 +51,28 @@ def warmup(
 
 
 def explain(model: nn.Module) -> list[Choice]:
-    """What runs each compressed linear of `model`; undecided until its first forward pass or `warmup`."""
+    """What runs each compressed weight of `model`; undecided until its first forward pass or `warmup`."""
     choices = []
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, CompressedWeight):
             chosen = module.implementation()
             backend, reason = ("undecided", "not run yet") if chosen is None else (chosen.backend, chosen.reason)
             choices.append(_choice(name, module.scheme, module.shape, backend, reason))
     return choices
 
 
-def expect(name: str, scheme: LinearScheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Choice:
-    """What would run a stored linear on `device`, from its scheme and shape alone."""
+def expect(
+    name: str,
+    scheme: LinearScheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    op: str | None = None,
+) -> Choice:
+    """What would run a stored linear on `device`, from its scheme and shape alone; or another `op` on its tensors."""
     if scheme.storage == "dense":
         return _choice(name, scheme, shape, "dense", f"{scheme.pattern} has no packed form")
-    backend, reason = dispatch.expect(scheme.op, shape, dtype, device)
+    backend, reason = dispatch.expect(op or scheme.op, shape, dtype, device, settings_of(scheme))
     return _choice(name, scheme, shape, backend, reason)
 
 

@@ -110,5 +110,5 @@ def test_operators_keep_their_contracts() -> None:
         weight = linear._weight()
         layout = layouts.LAYOUTS[scheme.op]
         form = layout.prepare(weight)
-        operator = dispatch.operator_of(scheme.op, "cpu", type(form), layout)
+        operator = dispatch.operator_of(scheme.op, type(form), layout)
         torch.library.opcheck(operator.default, (torch.randn(2, K), *form, None))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import trust
+from .formats import FormatError
 from .library import register
 
 SWITCH = "HALFWEIGHT_BACKEND"
@@ -47,15 +49,23 @@ class Weight:
         """The dense weight `[N, K]` in `dtype`: what every implementation has to reproduce."""
         return self.expand(self.tensors, dtype)
 
+    def stored(self, form: Any) -> Any:
+        """The stored tensors as a format's named tuple."""
+        return form(*(self.tensors.get(name) for name in form._fields))
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`; `reason` says why."""
+    """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`; `reason` says why.
+
+    `rows(ids [...], dtype)` are rows `[..., K]` of the weight, where its op is an embedding table too.
+    """
 
     backend: str
     reason: str
     run: Callable[[Tensor, Tensor | None], Tensor]
     restore: Callable[[], Mapping[str, Tensor]]
+    rows: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`."""
@@ -63,43 +73,75 @@ class Prepared:
 
 
 class Layout(NamedTuple):
-    """How one backend stores an op's weights: `prepare(weight)` makes a named tuple of tensors and integers, `restore`
-    inverts it (given the weight without its tensors), `linear` computes with it, `out_features` reads N off it."""
+    """How the CPU kernels store an op's weights: `prepare(weight)` makes a named tuple of tensors and integers,
+    `restore` inverts it (given the weight without its tensors), `linear` computes with it, `out_features` reads N off
+    it; of an op that is an embedding table too, `lookup(ids [...], form, dtype)` gives rows `[..., K]`."""
 
     prepare: Callable[[Weight], Any]
     restore: Callable[[Any, Weight], Mapping[str, Tensor]]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
     out_features: Callable[[Any], int]
+    lookup: Callable[[Tensor, Any, torch.dtype], Tensor] | None = None
 
 
-def can_run(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Whether kernels of `op` take a weight of `shape` `(N, K)` and inputs of `dtype` on `device`; else why not."""
+def can_run(
+    op: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[bool, str]:
+    """Whether kernels of `op` take a weight of `shape` `(N, K)` and inputs of `dtype` on `device`; else why not.
+
+    `settings` are those of the `Weight`.
+    """
     forced = os.environ.get(SWITCH, "")
     if forced not in ("", "auto", "reference"):
         raise ValueError(f"{SWITCH}={forced!r} is unknown; use auto or reference")
     if forced == "reference":
         return False, f"{SWITCH}=reference"
-    if device.type == "cpu":
-        return _cpu_can_run(op, dtype, device)
+    match backend_of(device):
+        case "cpu":
+            return _cpu_can_run(op, dtype, device)
+        case "triton":
+            return _gpu().can_run(op, shape, dtype, device, settings)
     return False, f"no kernels for {device.type} devices"
 
 
-def expect(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def backend_of(device: torch.device) -> str | None:
+    """Whose kernels serve a device: `cpu`, `triton`, or None."""
+    return {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+
+
+def expect(
+    op: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[str, str]:
     """`(backend, reason)` that `prepare` would choose for a weight of `shape` on `device`."""
-    possible, reason = can_run(op, shape, dtype, device)
+    possible, reason = can_run(op, shape, dtype, device, settings)
     if not possible:
         return "reference", reason
-    return ("cpu" if device.type == "cpu" else "triton"), f"{op} kernels"
+    if backend_of(device) == "triton":
+        return "triton", _gpu().kernels_in_use(op, device)
+    return "cpu", f"{op} kernels"
 
 
 def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     """Choose the implementation for inputs of `dtype` on the weight's device and bring the weight into its layout."""
-    possible, reason = can_run(weight.op, weight.shape, dtype, weight.device)
+    possible, reason = can_run(weight.op, weight.shape, dtype, weight.device, weight.settings)
     if not possible:
         return reference(weight, reason)
+    if backend_of(weight.device) == "triton":
+        try:
+            return _gpu().prepare(weight, dtype)
+        except FormatError as error:
+            return reference(weight, str(error))
     layout = _cpu_layout(weight.op)
     assert layout is not None  # can_run has looked
-    return _prepared(weight, layout, "cpu")
+    return _prepared(weight, layout)
 
 
 def reference(weight: Weight, reason: str) -> Prepared:
@@ -108,30 +150,60 @@ def reference(weight: Weight, reason: str) -> Prepared:
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.dense(x.dtype), bias)
 
-    return Prepared("reference", reason, run, lambda: weight.tensors)
+    def rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = ids.reshape(-1)
+        found = {name: tensor.index_select(0, flat) for name, tensor in weight.tensors.items()}
+        return weight.expand(found, dtype).reshape(*ids.shape, weight.shape[1])
+
+    return Prepared("reference", reason, run, lambda: weight.tensors, rows)
 
 
 def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple[bool, str]:
     """Run the chosen implementation on random inputs `[tokens, K]` and compare it with the reference in fp32.
 
-    The outcome is recorded: after a mismatch the kernel is off for this device and process, and this returns why.
+    The outcome is recorded: after a mismatch, or when it does not run at all, the kernel is off for this device and
+    process, and this returns why. A kernel with inline assembly is checked after those without, for itself.
     """
     chosen = prepare(weight, dtype)
     if chosen.backend == "reference":
         return True, chosen.reason
+    device, name = weight.device, f"{weight.op}.{chosen.backend}"
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.device, dtype)
+    x = torch.randn(tokens, weight.shape[1], generator=generator).to(device, dtype)
     want = x.float() @ weight.dense(torch.float32).T
-    error = float((chosen(x, None).float() - want).norm() / want.norm().clamp_min(1e-30))
-    name = f"{weight.op}.{chosen.backend}"
-    trust.record(name, weight.device, error, TOLERANCE[dtype])
-    return trust.may_run(name, weight.device)
+
+    def check(kernel: str) -> None:
+        try:
+            error = _relative_rms(chosen(x, None), want)
+            if weight.op == "tied" and chosen.rows is not None:
+                ids = torch.arange(tokens, device=device) * 17 % weight.shape[0]
+                error = max(error, _relative_rms(chosen.rows(ids, dtype), weight.dense(torch.float32)[ids]))
+        except Exception as failure:  # of whatever a compiler or driver raises
+            first_line = str(failure).strip().partition("\n")[0]
+            trust.refuse(kernel, device, f"{kernel} does not run on {device}: {first_line}")
+        else:
+            trust.record(kernel, device, error, TOLERANCE[dtype])
+
+    assembly = _gpu().assembly_for(weight, dtype, tokens) if chosen.backend == "triton" else None
+    if assembly is None:
+        check(name)
+        return trust.may_run(name, device)
+    with trust.assume(assembly, False):
+        check(name)
+    if trust.may_run(name, device)[0] and trust.may_run(assembly, device)[0]:
+        with trust.assume(assembly, True):
+            check(assembly)
+    return trust.may_run(name, device)
 
 
-def _prepared(weight: Weight, layout: Layout, backend: str) -> Prepared:
+def _relative_rms(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def _prepared(weight: Weight, layout: Layout) -> Prepared:
     form = layout.prepare(weight)
     empty = replace(weight, tensors={})  # the stored tensors may go now
-    operator = operator_of(weight.op, backend, type(form), layout)
+    operator = operator_of(weight.op, type(form), layout)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         # The operator exists for tracing; calling through it costs more than a small GEMV saves.
@@ -139,15 +211,19 @@ def _prepared(weight: Weight, layout: Layout, backend: str) -> Prepared:
             return operator(x, *form, bias)
         return layout.linear(x, form, bias)
 
-    return Prepared(backend, f"{weight.op} kernels", run, lambda: layout.restore(form, empty))
+    def rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            return lookup_of(weight.op, type(form), layout)(ids, *form, dtype)
+        return layout.lookup(ids, form, dtype)
+
+    found = None if layout.lookup is None else rows
+    return Prepared("cpu", f"{weight.op} kernels", run, lambda: layout.restore(form, empty), found)
 
 
-def operator_of(op: str, backend: str, form: type, layout: Layout) -> Any:
-    """`torch.ops.halfweight.<op>_<backend>(x, <fields of form>, bias)`, registered on first use."""
-    name = f"{op}_{backend}"
+def operator_of(op: str, form: type, layout: Layout) -> Any:
+    """`torch.ops.halfweight.<op>_cpu(x, <fields of form>, bias)`, registered on first use."""
+    name = f"{op}_cpu"
     fields: Any = form
-    kinds: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int"}
-    arguments = ", ".join(f"{kinds[kind]} {field}" for field, kind in get_type_hints(form).items())
 
     def run(x: Tensor, *rest: Any) -> Tensor:
         return layout.linear(x, fields(*rest[:-1]), rest[-1])
@@ -155,9 +231,34 @@ def operator_of(op: str, backend: str, form: type, layout: Layout) -> Any:
     def fake(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], layout.out_features(fields(*rest[:-1]))))
 
-    key = {"cpu": "CPU", "triton": "CUDA"}[backend]
-    register(f"{name}(Tensor x, {arguments}, Tensor? bias) -> Tensor", {key: run}, fake)
+    register(f"{name}(Tensor x, {_schema(form)}, Tensor? bias) -> Tensor", {"CPU": run}, fake)
     return getattr(torch.ops.halfweight, name)
+
+
+def lookup_of(op: str, form: type, layout: Layout) -> Any:
+    """`torch.ops.halfweight.<op>_lookup_cpu(ids, <fields of form>, dtype)`, registered on first use."""
+    name = f"{op}_lookup_cpu"
+    fields: Any = form
+
+    def run(ids: Tensor, *rest: Any) -> Tensor:
+        assert layout.lookup is not None
+        return layout.lookup(ids, fields(*rest[:-1]), rest[-1])
+
+    def fake(ids: Tensor, *rest: Any) -> Tensor:
+        return ids.new_empty((*ids.shape, fields(*rest[:-1]).columns), dtype=rest[-1])
+
+    register(f"{name}(Tensor ids, {_schema(form)}, ScalarType dtype) -> Tensor", {"CPU": run}, fake)
+    return getattr(torch.ops.halfweight, name)
+
+
+def _schema(form: type) -> str:
+    """The fields of a layout's named tuple, as arguments of an operator."""
+    kinds: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int"}
+    return ", ".join(f"{kinds[kind]} {field}" for field, kind in get_type_hints(form).items())
+
+
+def _gpu() -> Any:
+    return import_module(".gpu", __package__)
 
 
 def _cpu_layout(op: str) -> Layout | None:

@@ -7,16 +7,23 @@ with inline assembly does not run before it has agreed.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
 _outcomes: dict[tuple[str, str], tuple[bool, str]] = {}
 _lock = threading.Lock()
+_assumed: ContextVar[tuple[str, bool] | None] = ContextVar("assumed", default=None)
 
 
 def may_run(kernel: str, device: torch.device, inline_asm: bool = False) -> tuple[bool, str]:
     """Whether `kernel` (such as `two_four.select`) may run on `device`, and why not."""
+    assumed = _assumed.get()
+    if assumed is not None and assumed[0] == kernel:
+        return assumed[1], ""
     outcome = _outcomes.get((kernel, str(device)))
     if outcome is not None:
         return outcome
@@ -32,6 +39,22 @@ def record(kernel: str, device: torch.device, error: float, allowed: float) -> b
     with _lock:
         _outcomes[kernel, str(device)] = (passed, reason)
     return passed
+
+
+def refuse(kernel: str, device: torch.device, reason: str) -> None:
+    """Never run `kernel` on `device`."""
+    with _lock:
+        _outcomes[kernel, str(device)] = (False, reason)
+
+
+@contextlib.contextmanager
+def assume(kernel: str, allowed: bool) -> Iterator[None]:
+    """Within the context, whether `kernel` may run is known: how it is checked, and how others are without it."""
+    token = _assumed.set((kernel, allowed))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def forget() -> None:

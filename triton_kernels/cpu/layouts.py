@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..formats.groups import Groups
 from ..formats.groups_layer import LayerGroups
 from ..formats.integers import Integers
 from ..formats.two_four_int4 import TwoFourInt4
-from . import group_int4, int4, two_four, two_four_int4
+from . import group_int4, int4, tied, two_four, two_four_int4
 
 
 def _two_four(weight: Weight) -> two_four.TwoFour:
@@ -31,18 +30,18 @@ def _restore_two_four(form: two_four.TwoFour, weight: Weight) -> Mapping[str, Te
 
 def _two_four_int4(weight: Weight) -> two_four_int4.TwoFourInt4:
     size = weight.settings["group_size"]
-    return two_four_int4.prepare(_fields(TwoFourInt4, weight), group_size=size, columns=weight.shape[1])
+    return two_four_int4.prepare(weight.stored(TwoFourInt4), group_size=size, columns=weight.shape[1])
 
 
 def _int4(weight: Weight) -> int4.Integers:
     bits, size = weight.settings["bits"], weight.settings["group_size"]
-    return int4.prepare(_fields(Integers, weight), bits=bits, group_size=size, columns=weight.shape[1])
+    return int4.prepare(weight.stored(Integers), bits=bits, group_size=size, columns=weight.shape[1])
 
 
 def _group_int4(weight: Weight) -> group_int4.GroupInt4:
     if "row_start" in weight.tensors:
-        return group_int4.prepare_layer(_fields(LayerGroups, weight), weight.shape[1])
-    return group_int4.prepare(_fields(Groups, weight), weight.shape[1], segments=weight.settings["segments"])
+        return group_int4.prepare_layer(weight.stored(LayerGroups), weight.shape[1])
+    return group_int4.prepare(weight.stored(Groups), weight.shape[1], segments=weight.settings["segments"])
 
 
 def _restore_group_int4(form: group_int4.GroupInt4, weight: Weight) -> Mapping[str, Tensor]:
@@ -51,15 +50,13 @@ def _restore_group_int4(form: group_int4.GroupInt4, weight: Weight) -> Mapping[s
     return group_int4.restore(form, segments=weight.settings["segments"])._asdict()
 
 
-def _fields(form: Any, weight: Weight) -> Any:
-    """The format's named tuple of the weight's stored tensors."""
-    return form(*(weight.tensors.get(name) for name in form._fields))
-
-
 def _present(tensors: Mapping[str, Tensor | None]) -> Mapping[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+_INTEGERS = Layout(
+    _int4, lambda form, _: _present(int4.restore(form)._asdict()), int4.linear, lambda form: int4.rows(form).n
+)
 LAYOUTS: dict[str, Layout] = {
     "two_four": Layout(_two_four, _restore_two_four, two_four.linear, lambda form: two_four.rows(form).n),
     "two_four_int4": Layout(
@@ -68,8 +65,7 @@ LAYOUTS: dict[str, Layout] = {
         two_four_int4.linear,
         lambda form: two_four_int4.rows(form).n,
     ),
-    "int4": Layout(
-        _int4, lambda form, _: _present(int4.restore(form)._asdict()), int4.linear, lambda form: int4.rows(form).n
-    ),
+    "int4": _INTEGERS,
+    "tied": _INTEGERS._replace(lookup=tied.lookup),
     "group_int4": Layout(_group_int4, _restore_group_int4, group_int4.linear, lambda form: group_int4.rows(form).n),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats import input_select
 from ..formats.bits import to_bits
 from ..formats.input_select import InputSelection
-from ..launch import Kernel, Launch, Shape
+from ..launch import Kernel, Launch, Shape, device_target
 from ..library import register as register_operator
 from . import layout
 from .layout import Prepared, count_tiles
@@ -82,14 +82,6 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
         blocks.append(block)
     y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
     return y if bias is None else y + bias
-
-
-def device_target(device: torch.device) -> str:
-    """`sm_90`, `gfx942` and the like for a CUDA or ROCm device."""
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def register() -> None:

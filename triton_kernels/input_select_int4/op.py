@@ -15,7 +15,7 @@ from ..formats.integers import Integers
 from ..input_select import layout as select_layout
 from ..input_select import op as select_op
 from ..input_select import reference as select_reference
-from ..launch import Kernel, Launch, Shape
+from ..launch import Kernel, Launch, Shape, device_target
 from ..library import register as register_operator
 from . import layout, reference
 from .layout import Prepared
@@ -36,7 +36,7 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
         y = matmul(tokens, prepared, bias, masked=masked)
     else:
         y = tokens.new_empty((m, n))
-        for name, launch in plan(tokens, prepared, y, bias, select_op.device_target(x.device)) if m else ():
+        for name, launch in plan(tokens, prepared, y, bias, device_target(x.device)) if m else ():
             _BY_NAME[name].run(launch)
     return y.reshape(*x.shape[:-1], n)
 

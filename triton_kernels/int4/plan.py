@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats import FormatError
 from ..launch import AMD, EVERY_GPU, NVIDIA, Launch
-from .layout import ROWS, Prepared
+from .layout import ROWS, Prepared, kernel_group
 
 GEMV_TOKENS = 8  # most tokens of `simt`
 FRAGMENT_TOKENS = 32  # most tokens of `fragment`: the sums of more do not fit the registers
@@ -42,8 +43,12 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype, target: str, asm: bool = 
     return "simt" if m <= GEMV_TOKENS else "dot"
 
 
-def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str) -> tuple[bool, str]:
+def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str, group_size: int = 128) -> tuple[bool, str]:
     """Whether the kernels take a weight of `shape` `(N, K)` with inputs of `dtype` on `target`; else why not."""
+    try:
+        kernel_group(group_size, shape[1])
+    except FormatError as error:
+        return False, str(error)
     if target not in EVERY_GPU:
         return False, f"the integer kernels are not built for {target}"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -1,0 +1,163 @@
+"""Linears on a GPU: each op's layout, as `dispatch` takes it, and what its kernels allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import trust
+from .dispatch import Prepared, Weight
+from .formats import FormatError
+from .formats.groups import Groups
+from .formats.groups_layer import LayerGroups
+from .formats.integers import Integers
+from .formats.two_four_int4 import TwoFourInt4
+from .group_int4 import layout as group_int4
+from .int4 import layout as int4
+from .launch import EVERY_GPU, NVIDIA, device_target
+from .two_four import layout as two_four
+from .two_four_int4 import layout as two_four_int4
+
+
+class Form(NamedTuple):
+    """`prepare(weight)` brings stored tensors into the op's GPU order, a named tuple; `restore` (given the weight
+    without its tensors) inverts it. FormatError where the order cannot hold the weight."""
+
+    prepare: Callable[[Weight], Any]
+    restore: Callable[[Any, Weight], Mapping[str, Tensor | None]]
+
+
+def _integers(weight: Weight) -> int4.Prepared:
+    bits, size = weight.settings["bits"], weight.settings["group_size"]
+    return int4.prepare(weight.stored(Integers), bits=bits, group_size=size, columns=weight.shape[1])
+
+
+def _two_four_int4(weight: Weight) -> two_four_int4.Prepared:
+    packed = weight.stored(TwoFourInt4)
+    return two_four_int4.prepare(packed, group_size=weight.settings["group_size"], k=weight.shape[1])
+
+
+def _groups(weight: Weight) -> group_int4.Prepared:
+    if weight.settings["layer"]:
+        return group_int4.prepare_layer(weight.stored(LayerGroups), weight.shape[1])
+    return group_int4.prepare(weight.stored(Groups), weight.shape[1], segments=weight.settings["segments"])
+
+
+def _restore_groups(form: group_int4.Prepared, weight: Weight) -> Mapping[str, Tensor | None]:
+    if weight.settings["layer"]:
+        return group_int4.restore_layer(form)._asdict()
+    return group_int4.restore(form, segments=weight.settings["segments"])._asdict()
+
+
+_INTEGERS = Form(_integers, lambda form, weight: int4.restore(form, group_size=weight.settings["group_size"])._asdict())
+FORMS: dict[str, Form] = {
+    "two_four": Form(
+        lambda weight: two_four.prepare(weight.tensors["values"], weight.tensors["meta"]),
+        lambda form, _: dict(zip(("values", "meta"), two_four.restore(form), strict=True)),
+    ),
+    "two_four_int4": Form(
+        _two_four_int4,
+        lambda form, weight: two_four_int4.restore(form, group_size=weight.settings["group_size"])._asdict(),
+    ),
+    "int4": _INTEGERS,
+    "tied": _INTEGERS,
+    "group_int4": Form(_groups, _restore_groups),
+}
+_LINEAR_OF = {"tied": "int4"}  # the op whose linear a table's head is
+
+
+def can_run(
+    op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, settings: Mapping[str, int]
+) -> tuple[bool, str]:
+    """Whether the kernels of `op` take this weight on this GPU, or why not."""
+    if op not in FORMS:
+        return False, f"{op} has no GPU kernels"
+    if find_spec("triton") is None:
+        return False, "triton is not installed"
+    target = device_target(device)
+    if target not in EVERY_GPU:
+        return False, f"no kernels are built for {target}"
+    sizes = {"group_size": settings["group_size"]} if "group_size" in settings else {}
+    possible, reason = _module(op).can_run(shape, dtype, target, **sizes)
+    return trust.may_run(f"{op}.triton", device) if possible else (possible, reason)
+
+
+def kernels_in_use(op: str, device: torch.device) -> str:
+    """In words: the op's kernels, and why the one with inline assembly is not among them."""
+    name = _with_assembly(op)
+    if name is None or device_target(device) not in NVIDIA:
+        return f"{op} kernels"
+    allowed, reason = trust.may_run(name, device, inline_asm=True)
+    return f"{op} kernels" if allowed else f"{op} kernels without {name}: {reason}"
+
+
+def assembly_for(weight: Weight, dtype: torch.dtype, tokens: int) -> str | None:
+    """The kernel with inline assembly that `tokens` tokens would run, once it is trusted; None where none would."""
+    module, target = _module(weight.op), device_target(weight.device)
+    chosen = module.choose(tokens, *weight.shape, dtype, target, True)
+    name = _with_assembly(weight.op)
+    return name if name is not None and name.endswith(f".{chosen}") else None
+
+
+def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
+    """Bring the weight into its GPU order for inputs of `dtype`; FormatError where that is impossible."""
+    if weight.op == "two_four" and weight.dtype != dtype:
+        raise FormatError(f"the 2:4 kernels want inputs of the weight's {_name(weight.dtype)}, not {_name(dtype)}")
+    module, kind = _module(weight.op), FORMS[weight.op]
+    form, empty = kind.prepare(weight), replace(weight, tensors={})
+    module.register()
+    operator = getattr(torch.ops.halfweight, f"{_linear_op(weight.op)}_gpu")
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype != dtype:
+            raise ValueError(f"this linear was prepared for {_name(dtype)} inputs, got {_name(x.dtype)}")
+        if torch.compiler.is_compiling():
+            return operator(x, *form, bias)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return module.linear(x, form, bias)
+
+    def restore() -> Mapping[str, Tensor]:
+        return {name: tensor for name, tensor in kind.restore(form, empty).items() if tensor is not None}
+
+    rows = _lookup(form) if weight.op == "tied" else None
+    return Prepared("triton", kernels_in_use(weight.op, weight.device), run, restore, rows)
+
+
+def _lookup(form: int4.Prepared) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """`rows(ids, dtype)` of a prepared table."""
+    from .tied import op as tied
+
+    tied.register()
+
+    def rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            found: Tensor = torch.ops.halfweight.tied_lookup_gpu(ids, *form, dtype)
+            return found
+        with torch.cuda.device_of(ids):
+            return tied.lookup(ids, form, dtype)
+
+    return rows
+
+
+def _linear_op(op: str) -> str:
+    return _LINEAR_OF.get(op, op)
+
+
+def _module(op: str) -> Any:
+    """What computes the op's linear."""
+    return import_module(f".{_linear_op(op)}.op", __package__)
+
+
+def _with_assembly(op: str) -> str | None:
+    """The op's kernel that waits for warmup's check."""
+    return next((kernel.name for kernel in _module(op).KERNELS if kernel.inline_asm), None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
