@@ -60,13 +60,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--windows", type=Path, required=True, help="safetensors, int64 `input_ids` [N, L]")
     parser.add_argument("--method", choices=["sparsegpt", "wanda", "w4-g64", "2of4-w4"], required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint with dense, exact weights")
+    parser.add_argument("--precision", default="float32", help="what the model computes in; auto: as stored")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, required=True, help="file for seconds, settings and versions")
     return parser.parse_args()
 
 
 def save_dense(model: Any, dense: Path, out: Path) -> None:
-    """Save the fp32 weights that `model` computes with under the dense checkpoint's names, beside its other files."""
+    """Save the weights that `model` computes with under the dense checkpoint's names, beside its other files."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -121,7 +122,7 @@ def main() -> None:
     kind.compress_modules = count_then_work
     model = oneshot(
         model=str(args.model),
-        precision="float32",
+        precision=args.precision,
         recipe=modifiers,
         dataset=dataset,
         batch_size=1,
