@@ -51,6 +51,7 @@ COUNTERPART = {
     "wanda": "wanda",
     "admm": "sparsegpt",
     "w4-g64": "w4-g64",
+    "w4-g64-sym": "w4-g64",
     "2of4-w4": "2of4-w4",
     "gqsa-w4s20": "sparsegpt",
     "gqsa-w4s30": "sparsegpt",
