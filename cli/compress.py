@@ -83,6 +83,9 @@ def show(report: CompressionReport) -> None:
     )
     rows.add_row("size on disk", human_bytes(report.bytes))
     rows.add_row("relative output error", f"worst {worst.error:.3f} at {worst.name}")
+    for rounded in report.tables:
+        n, k = rounded.shape
+        rows.add_row(f"{n} x {k} table", f"{rounded.name} as {rounded.numbers}, relative error {rounded.error:.1e}")
     rows.add_row(
         "dev perplexity",
         f"dense {report.dev.dense:.2f} -> compressed {report.dev.compressed:.2f} ({report.dev.tokens} tokens,"

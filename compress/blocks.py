@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree
 
 from ..eval.perplexity import decoder_returns
 from ..serving.checkpoint import Checkpoint, TensorInfo
+from ..serving.embedding import CompressedEmbedding, TiedHead
 from ..serving.errors import InputError
-from ..serving.linear import CompressedLinear, check_linears
+from ..serving.linear import CompressedWeight, check_weights
 from ..serving.load import resolve_dtype
-from ..serving.skeleton import build_skeleton, context_length, find_blocks, tensor_names, tied_names
+from ..serving.skeleton import build_skeleton, context_length, find_blocks, is_linear, tensor_names, tied_names
+from ..serving.tables import Table
 
 _LOGITS = 2**21  # logits that exist at once: 8 MB of fp32, where all of a 262k vocabulary's are 1 GB per 1024 tokens
 
@@ -70,7 +72,7 @@ class BlockWalker:
         _computed_buffers_to(self.model, device)
         self.prefix, self.blocks = find_blocks(self.model)
         self.n_blocks = len(self.blocks)
-        self._embedding, self._head = _vocabulary_modules(self.model)
+        self.embedding, self.head = _vocabulary_modules(self.model)
         self._names = tensor_names(self.model, checkpoint.tensors)
         self.max_length = context_length(self.model.config)
         # Arguments of each block by input shape [B, T], and what each block returns besides the hidden states.
@@ -98,9 +100,22 @@ class BlockWalker:
         tied = tied_names(self.model)
         return {name: self.checkpoint.info(stored) for name, stored in self._names.items() if name not in tied}
 
-    def outside_names(self) -> list[str]:
-        """State-dict names of every stored tensor outside the blocks."""
-        return [name for name in self.stored() if not name.startswith(self.prefix + ".")]
+    def tables(self) -> dict[str, Table]:
+        """The embedding and, unless it is tied to that, the head, by name."""
+        return {name: self._table(name) for name in dict.fromkeys((self.embedding, self._head_table()))}
+
+    def _head_table(self) -> str:
+        """Name of the module whose table the head's weights are."""
+        tied = isinstance(self.model.get_submodule(self.head), TiedHead)
+        return self.embedding if tied or f"{self.head}.weight" in tied_names(self.model) else self.head
+
+    def _table(self, name: str) -> Table:
+        module, stored = self.model.get_submodule(name), self.stored()
+        compressed = isinstance(module, CompressedWeight)
+        suffixes = [suffix for suffix in module.state_dict(keep_vars=True) if suffix != "bias"]
+        tensors = {suffix: stored[f"{name}.{suffix}"] for suffix in suffixes}
+        shape = module.shape if compressed else tuple(module.weight.shape)
+        return Table(name, shape, tensors, module.scheme if compressed else None)
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -109,7 +124,7 @@ class BlockWalker:
         """Block `index` with its weights in `dtype` on `device`; they are dropped again at the end of the `with`."""
         block = self.blocks[index]
         self._materialize(block, self.block_prefix(index))
-        check_linears(block, f"{self.checkpoint.path}: {self.block_prefix(index)}")
+        check_weights(block, f"{self.checkpoint.path}: {self.block_prefix(index)}")
         try:
             yield block
         finally:
@@ -131,27 +146,32 @@ class BlockWalker:
         module.requires_grad_(False)
 
     @contextmanager
-    def _outside(self) -> Iterator[None]:
+    def _outside(self, table: Table | None = None) -> Iterator[None]:
         """Everything but the blocks and the head with its weights, for the length of the `with`.
 
-        The embedding, often the largest tensor of all, reads the rows that are looked up and no others.
+        The embedding, often the largest tensor of all, reads the rows that are looked up and no others; from `table`,
+        when that is to stand in for the checkpoint's own.
         """
-        table, embedding = self._names[self._embedding + ".weight"], self.model.get_submodule(self._embedding)
-        meta, padding = embedding.weight, embedding.padding_idx
+        table, embedding = table or self._table(self.embedding), self.model.get_submodule(self.embedding)
 
         def look_up(ids: Tensor) -> Any:
             rows, places = ids.unique(return_inverse=True)
-            found = [self.checkpoint.read(table, self.dtype, self.device, slice(row, row + 1)) for row in rows.tolist()]
-            embedding.weight = nn.Parameter(torch.cat(found), requires_grad=False)
-            return type(embedding).forward(embedding, places)
+            found = table.gather(rows.tolist(), self.dtype, self.device)
+            if isinstance(embedding, CompressedEmbedding):
+                return embedding.scaled(found)[places]
+            own = embedding.weight, embedding.padding_idx
+            embedding.weight, embedding.padding_idx = nn.Parameter(found, requires_grad=False), None
+            try:
+                return type(embedding).forward(embedding, places)  # padding only matters to gradients
+            finally:
+                embedding.weight, embedding.padding_idx = own
 
-        self._materialize(self.model, "", skip=(self.prefix + ".", self._embedding + ".", self._head + "."))
-        embedding.forward, embedding.padding_idx = look_up, None  # padding only matters to gradients
+        self._materialize(self.model, "", skip=(self.prefix + ".", self.embedding + ".", self.head + "."))
+        embedding.forward = look_up
         try:
             yield
         finally:
             del embedding.forward
-            embedding.weight, embedding.padding_idx = meta, padding
             for name, child in self.model.named_modules():
                 if not (name + ".").startswith(self.prefix + "."):
                     _to_meta(child, recurse=False)
@@ -159,27 +179,25 @@ class BlockWalker:
     @contextmanager
     def _head_rows(self, rows: slice) -> Iterator[None]:
         """The head with weights for the vocabulary's `rows` alone, for the length of the `with`."""
-        head = self.model.get_submodule(self._head)
-        meta = head.weight, head.bias
-        weight, bias = f"{self._head}.weight", f"{self._head}.bias"
-        table = self._names[self._embedding + ".weight" if weight in tied_names(self.model) else weight]
-        head.weight = nn.Parameter(self.checkpoint.read(table, self.dtype, self.device, rows), requires_grad=False)
+        head = self.model.get_submodule(self.head)
+        weight, bias = self._table(self._head_table()).read(rows, self.dtype, self.device), None
         if head.bias is not None:
-            stored = self.checkpoint.read(self._names[bias], self.dtype, self.device, rows)
-            head.bias = nn.Parameter(stored, requires_grad=False)
+            bias = self.checkpoint.read(self._names[f"{self.head}.bias"], self.dtype, self.device, rows)
+        head.forward = lambda x: nn.functional.linear(x, weight, bias)
         try:
             yield
         finally:
-            head.weight, head.bias = meta
+            del head.forward
 
     # --- running -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def embed(self, windows: list[Tensor]) -> list[Tensor]:
+    def embed(self, windows: list[Tensor], table: Table | None = None) -> list[Tensor]:
         """Inputs `[B, T, D]` of block 0, in batches of token windows `[T]`; learns every block's arguments on the way.
 
         All windows have one length; B is what `batch_size` says, less in the last batch. The batches are views of one
-        tensor, to be updated in place: thousands of separate activations would riddle the heap with holes.
+        tensor, to be updated in place: thousands of separate activations would riddle the heap with holes. Embeddings
+        come from `table` when that is to stand in for the checkpoint's own.
         """
         stream = torch.empty(0)
         filled = 0
@@ -197,7 +215,7 @@ class BlockWalker:
                 filled += len(x)
             return x
 
-        with self._outside(), self._replaced_blocks(record):
+        with self._outside(table), self._replaced_blocks(record):
             for batch in torch.stack(windows).split(batch_size(len(windows[0]))):
                 self.model.get_decoder()(input_ids=batch.to(self.device), use_cache=False)
         return list(stream.split(batch_size(len(windows[0]))))
@@ -216,7 +234,7 @@ class BlockWalker:
         The final norm, the head and any scaling of logits run in the model's own code, a slice of the vocabulary at a
         time, so that neither the head's weights nor more than `logits` logits of a window are ever held.
         """
-        size = self.model.get_submodule(self._head).out_features
+        size = self.model.get_submodule(self.head).out_features
         step = max(1, logits // len(windows[0]))
         targets = torch.stack(windows).to(self.device)[:, 1:]
         with self._outside():
@@ -279,7 +297,8 @@ class BlockWalker:
 def _vocabulary_modules(model: Any) -> tuple[str, str]:
     """Dotted names of the input embedding and of the head; raises InputError when they are not a table and a linear."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+    table, linear = isinstance(embedding, (nn.Embedding, CompressedEmbedding)), is_linear(head)
+    if not table or not (linear or isinstance(head, TiedHead)):
         raise InputError(f"{type(model).__name__} has no embedding table or no linear head; it is not supported")
     names = {module: name for name, module in model.named_modules()}
     return names[embedding], names[head]
@@ -295,7 +314,7 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
 def _to_meta(module: nn.Module, recurse: bool = True) -> None:
     """Drop `module`'s parameters and persistent buffers; computed buffers such as rotary tables stay."""
     for child in module.modules() if recurse else [module]:
-        if isinstance(child, CompressedLinear):
+        if isinstance(child, CompressedWeight):
             child.forget()
         for name, parameter in child._parameters.items():
             if parameter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from ..serving.storage import dense_weight, pack_weight
-from . import writer
+from ..serving.tables import Table
+from . import vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
@@ -27,8 +29,17 @@ from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
 from .passes import PASSES, StageConfig
 from .passes.hessian import HessianError
-from .recipe import Recipe
-from .report import CompressionReport, DevPerplexity, LayerReport, OnProgress, Progress, Verification, silent
+from .recipe import Embeddings, Recipe
+from .report import (
+    CompressionReport,
+    DevPerplexity,
+    LayerReport,
+    OnProgress,
+    Progress,
+    TableReport,
+    Verification,
+    silent,
+)
 from .statistics import InputStatistics
 
 _SHARD_BYTES = 2 * 2**30
@@ -69,6 +80,8 @@ def compress_checkpoint(
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
+    if recipe.embeddings is not None:
+        vocabulary.check_supported(checkpoint, recipe.embeddings)
     partial = writer.prepare(out, overwrite)
     with writer.no_empty_leftover(partial):
         writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
@@ -79,11 +92,16 @@ def compress_checkpoint(
     settings = (recipe.to_yaml(), str(walker.dtype), where.type)
     identity = fingerprint(checkpoint, [*windows.calibration, *windows.dev], *settings)
     journal = Journal(partial, identity, fresh)
-    run = _Run(walker, stages, windows, journal, progress)
+    run = _Run(walker, stages, recipe.embeddings, windows, journal, progress)
     resumed = run.all_blocks()
 
     scheme = ArtifactConfig(linears={name: stage.scheme(shapes[name]) for name, stage in stages.items()})
-    _assemble(partial, walker, scheme, recipe)
+    if recipe.embeddings is not None:
+        integers = recipe.embeddings.integers()
+        heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
+        scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
+    parts = [str(entry["part"]) for entry in journal.entries]
+    _assemble(partial, walker, scheme, recipe, parts)
     release_memory()
     progress(Progress("verify", 0, 1))
     verification, compressed_losses = run.verify(partial)
@@ -117,11 +135,12 @@ def compress_checkpoint(
         ),
         verification=verification,
         layers=run.layers,
+        tables=run.tables,
         versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
     )
     writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
     writer.publish(partial, out)
-    for name in (*(part_name(index) for index in range(walker.n_blocks)), writer.JOURNAL):
+    for name in (*parts, writer.JOURNAL):
         (out / name).unlink()
     progress(Progress("verify", 1, 1))
     return report
@@ -134,25 +153,28 @@ class _Run:
         self,
         walker: BlockWalker,
         stages: dict[str, StageConfig],
+        embeddings: Embeddings | None,
         windows: Windows,
         journal: Journal,
         progress: OnProgress,
     ) -> None:
-        self.walker, self.stages, self.windows = walker, stages, windows
+        self.walker, self.stages, self.embeddings, self.windows = walker, stages, embeddings, windows
         self.journal, self.progress = journal, progress
         self.hidden: list[Tensor] = []  # calibration activations of the compressed model
         self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
         self.dev_dense: list[Tensor] = []  # ... and of the dense one
         self.tensors = walker.stored()
         self.layers: list[LayerReport] = []
+        self.tables: list[TableReport] = []
 
     def all_blocks(self) -> int:
         """Embed, then take every block through its work; returns how many were resumed from the journal."""
         walker = self.walker
         self.progress(Progress("embed", 0, 1))
-        self.hidden = walker.embed(self.windows.calibration)
-        self.dev = walker.embed(self.windows.dev)
-        self.dev_dense = [x.clone() for x in self.dev]
+        table = self._quantized_embedding()
+        self.hidden = walker.embed(self.windows.calibration, table)
+        self.dev = walker.embed(self.windows.dev, table)
+        self.dev_dense = [x.clone() for x in self.dev] if table is None else walker.embed(self.windows.dev)
         release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
@@ -160,6 +182,21 @@ class _Run:
             release_memory()
         self.hidden = []  # verification needs the memory
         return resumed
+
+    def _quantized_embedding(self) -> Table | None:
+        """Quantize the embedding and the head, or take them from the journal, when the recipe says so."""
+        if self.embeddings is None:
+            return None
+        part, tables = vocabulary.PART, self.walker.tables()
+        entry = self.journal.done(part)
+        if entry is None:
+            self.progress(Progress("embed", 0, 1, f"rounding to {self.embeddings.numbers}"))
+            reports, packed = vocabulary.quantize_tables(tables.values(), self.embeddings, self.walker.device)
+            writer.write_part(self.journal.folder / part, packed)
+            self.journal.record(part, tables=[report.model_dump() for report in reports])
+            entry = self.journal.entries[-1]
+        self.tables = [TableReport.model_validate(report) for report in entry["tables"]]
+        return vocabulary.quantized(tables[self.walker.embedding], self.embeddings, self.journal.folder / part)
 
     def _one_block(self, index: int) -> bool:
         """Solve block `index`, or take it from the journal; every stream becomes the block's outputs on it."""
@@ -321,12 +358,13 @@ def part_name(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
-def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe) -> None:
+def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe, parts: Sequence[str]) -> None:
     """Make `partial` a loadable checkpoint of its parts and the untouched tensors: shards, index, config, tokenizer."""
     import json
 
-    kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in scheme.linears}
-    packed = {n: t for i in range(walker.n_blocks) for n, t in read_header(partial / part_name(i)).items()}
+    replaced = {*scheme.linears, *([] if scheme.embedding is None else [walker.embedding])}
+    kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in replaced}
+    packed = {n: info for part in parts for n, info in read_header(partial / part).items()}
     writer.write_shards({**kept, **packed}, partial, _SHARD_BYTES)
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.to_json()}
     config.pop("transformers_weights", None)

@@ -15,10 +15,12 @@ from ..serving.load import resolve_device, stored_dtype
 from ..serving.scheme import FUSED
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
+from ..serving.tables import Table
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import DEV_SHARE, check_context
 from .passes import PASSES, StageConfig
-from .recipe import Recipe
+from .recipe import Embeddings, Recipe
+from .vocabulary import check_supported
 
 _SOLVER_COPIES = {
     "nothing": 2,
@@ -30,7 +32,7 @@ _MATMUL_SHARE = 0.6  # assumed fraction of large-matmul speed that a whole run r
 
 
 class PlannedLayer(BaseModel):
-    """One linear `[N, K]`: what will happen to it, and its stored bits per weight before and after."""
+    """One linear or table `[N, K]`: what will happen to it, and its stored bits per weight before and after."""
 
     name: str
     shape: tuple[int, int]
@@ -101,13 +103,20 @@ def plan(
     linear_bits += 8 * sum(info.nbytes for info in biases)
     linear_parameters = weights + sum(prod(info.shape) for info in biases)
     counted = {f"{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
-    rest = [info for name, info in tensors.items() if name not in counted]
-    rest_parameters = sum(prod(info.shape) for info in rest)
+    rest = {name: info for name, info in tensors.items() if name not in counted}
+    rest_parameters = sum(prod(info.shape) for info in rest.values())
+    rest_bits = 8.0 * sum(info.nbytes for info in rest.values())
+    if recipe.embeddings is not None:
+        check_supported(checkpoint, recipe.embeddings)
+        for table in walker.tables().values():
+            layer = _planned_table(table, recipe.embeddings)
+            rest_bits += (layer.bits_after - layer.bits_before) * prod(table.shape)
+            layers.append(layer)
     return Plan(
         model=source.name,
         recipe=recipe.name,
         effective_bits=linear_bits / linear_parameters,
-        effective_bits_model=(linear_bits + 8 * sum(i.nbytes for i in rest)) / (linear_parameters + rest_parameters),
+        effective_bits_model=(linear_bits + rest_bits) / (linear_parameters + rest_parameters),
         peak_memory_gb=_peak_bytes(walker, recipe, stages, shapes) / 1e9,
         seconds=_seconds(walker, recipe, stages, shapes),
         device=str(where),
@@ -115,6 +124,19 @@ def plan(
         blocks=walker.n_blocks,
         parameters=linear_parameters + rest_parameters,
         layers=layers,
+    )
+
+
+def _planned_table(table: Table, settings: Embeddings) -> PlannedLayer:
+    """What happens to a dense embedding or head."""
+    stored = table.tensors["weight"].dtype
+    return PlannedLayer(
+        name=table.name,
+        shape=table.shape,
+        method="rtn",
+        pattern=settings.numbers,
+        bits_before=8.0 * stored.itemsize,
+        bits_after=stored_bits(settings.integers().dense, table.shape, stored) / prod(table.shape),
     )
 
 
@@ -135,7 +157,8 @@ def _peak_bytes(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
 ) -> float:
-    """This process now, plus the activation streams, plus the larger of: the rows embedded, and one block at work."""
+    """This process now, plus the larger of: quantized tables, and the activation streams with either the rows embedded
+    or one block at work."""
     size = walker.dtype.itemsize
     text = walker.model.config.get_text_config()
     calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
@@ -155,7 +178,11 @@ def _peak_bytes(
             hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 4 * k
             solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
         block = max(block, held + paused + max(solver, transient))
-    return psutil.Process().memory_info().rss + streams + max(embedded, block)
+    written = 0.0  # quantized tables are held whole, and once more as bytes on their way to the disk
+    if recipe.embeddings is not None:
+        scheme = recipe.embeddings.integers().dense
+        written = 2 * sum(stored_bits(scheme, table.shape, walker.dtype) / 8 for table in walker.tables().values())
+    return psutil.Process().memory_info().rss + max(written, streams + max(embedded, block))
 
 
 def _seconds(

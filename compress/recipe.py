@@ -9,7 +9,7 @@ from functools import reduce
 from importlib import resources
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +19,7 @@ from ..serving.scheme import FUSED, LinearScheme, parse_nm
 from ..serving.storage import tensor_specs
 from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
+from .passes.base import IntegerSettings
 
 # A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
 if TYPE_CHECKING:
@@ -42,8 +43,19 @@ class Calibration(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
+class Embeddings(IntegerSettings):
+    """How to round the embedding and the head, row by row in groups along the hidden size; tied ones are one table.
+
+    The range search weighs all weights alike.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[2, 3, 4, 8] = 8
+
+
 class Recipe(BaseModel):
-    """What to do to a model: `stages` in order, and the calibration that informs them.
+    """What to do to a model: `stages` in order, the calibration that informs them, and integers for the `embeddings`.
 
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.
@@ -54,6 +66,7 @@ class Recipe(BaseModel):
     name: str = "unnamed"
     description: str = ""
     calibration: Calibration = Calibration()
+    embeddings: Embeddings | None = None
     stages: tuple[AnyStage, ...] = Field(min_length=1)
 
     @classmethod
@@ -241,6 +254,8 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
         fields = PASSES[str(location.pop(2))].config.model_fields
     elif location[:1] == ["calibration"]:
         fields = Calibration.model_fields
+    elif location[:1] == ["embeddings"]:
+        fields = Embeddings.model_fields
     shown = reduce(lambda text, part: f"{text}[{part}]" if isinstance(part, int) else f"{text}.{part}", location, "")
     shown = shown.encode("unicode_escape").decode()
     key = str(location[-1]) if location else ""

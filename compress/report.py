@@ -40,6 +40,15 @@ class LayerReport(BaseModel):
     stats: dict[str, float]
 
 
+class TableReport(BaseModel):
+    """A quantized embedding or head `[vocabulary, hidden]`; `error` is ||W' - W||^2 / ||W||^2 over all its weights."""
+
+    name: str
+    shape: tuple[int, int]
+    numbers: str
+    error: float
+
+
 class DevPerplexity(BaseModel):
     """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text."""
 
@@ -82,4 +91,5 @@ class CompressionReport(BaseModel):
     dev: DevPerplexity
     verification: Verification
     layers: list[LayerReport]
+    tables: list[TableReport]
     versions: dict[str, str]

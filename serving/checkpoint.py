@@ -160,24 +160,34 @@ class Checkpoint:
 
         Needs the result's memory plus one small piece.
         """
-        info = self.info(name)
-        shape, skipped = info.shape, 0
-        if rows is not None:
-            shape, skipped = (rows.stop - rows.start, *shape[1:]), rows.start * prod(shape[1:]) * info.dtype.itemsize
-        out = torch.empty(prod(shape), dtype=dtype or info.dtype, device=device)
-        step = max(1, _PIECE // info.dtype.itemsize)
-        try:
-            with info.file.open("rb") as stream:
-                stream.seek(info.start + skipped)
-                for begin in range(0, out.numel(), step):
-                    piece = torch.empty(min(step, out.numel() - begin), dtype=info.dtype)
-                    buffer = piece.view(torch.uint8).numpy().data
-                    if stream.readinto(buffer) != len(buffer):
-                        raise InputError(f"{info.file}: tensor {name} ends early; download the file again")
-                    out[begin : begin + len(piece)] = piece
-        except OSError as error:
-            raise InputError(f"{info.file}: cannot read tensor {name} ({error.strerror})") from None
-        return out.view(shape)
+        return read_tensor(name, self.info(name), dtype, device, rows)
+
+
+def read_tensor(
+    name: str,
+    info: TensorInfo,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    rows: slice | None = None,
+) -> Tensor:
+    """The tensor at `info`, called `name` in errors; see `Checkpoint.read`."""
+    shape, skipped = info.shape, 0
+    if rows is not None:
+        shape, skipped = (rows.stop - rows.start, *shape[1:]), rows.start * prod(shape[1:]) * info.dtype.itemsize
+    out = torch.empty(prod(shape), dtype=dtype or info.dtype, device=device)
+    step = max(1, _PIECE // info.dtype.itemsize)
+    try:
+        with info.file.open("rb") as stream:
+            stream.seek(info.start + skipped)
+            for begin in range(0, out.numel(), step):
+                piece = torch.empty(min(step, out.numel() - begin), dtype=info.dtype)
+                buffer = piece.view(torch.uint8).numpy().data
+                if stream.readinto(buffer) != len(buffer):
+                    raise InputError(f"{info.file}: tensor {name} ends early; download the file again")
+                out[begin : begin + len(piece)] = piece
+    except OSError as error:
+        raise InputError(f"{info.file}: cannot read tensor {name} ({error.strerror})") from None
+    return out.view(shape)
 
 
 def read_json(file: Path) -> dict[str, Any]:

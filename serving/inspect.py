@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from .checkpoint import Checkpoint, TensorInfo, read_json
+from .linear import CompressedWeight
 from .load import resolve_device, resolve_dtype, stored_dtype
 from .scheme import LinearScheme
 from .skeleton import build_skeleton, find_blocks, is_linear, tensor_names, tied_names
-from .storage import dense_weight
+from .tables import Table
 from .warmup import expect
 
 _REPORT = "report.json"
+_NUMBERS = 2**22  # looked at together
 
 
 class LayerInfo(BaseModel):
-    """One decoder linear `[N, K]`. `density` is the measured fraction of non-zeros, `bits` are stored per weight,
-    `error` is the relative output error on held-out text that compression reported (None for an untouched layer).
-    When a device was asked for, `backend` and `reason` say what would run a compressed linear there."""
+    """One decoder linear, or quantized embedding or head, `[N, K]`. `density` is the measured fraction of non-zeros,
+    `bits` are stored per weight, `error` is the relative error that compression reported: of a linear's outputs on
+    held-out text, of a table's weights (None for an untouched layer). When a device was asked for, `backend` and
+    `reason` say what would run a compressed linear there."""
 
     name: str
     shape: tuple[int, int]
@@ -69,22 +74,22 @@ def inspect_checkpoint(
     errors = _reported_errors(checkpoint.path)
 
     modules = {n: m for n, m in model.named_modules() if n.startswith(prefix + ".") and is_linear(m)}
+    tables = {n: m for n, m in model.named_modules() if n not in modules and isinstance(m, CompressedWeight)}
     layers = []
-    linear_bits = linear_parameters = compressed_bits = compressed_weights = 0
-    for done, (name, module) in enumerate(modules.items(), 1):
+    linears, vocabulary = _Size(), _Size()
+    compressed_bits = compressed_weights = 0
+    for done, (name, module) in enumerate({**modules, **tables}.items(), 1):
         stored = {key: checkpoint.info(names[f"{name}.{key}"]) for key in module.state_dict(keep_vars=True)}
-        shape = (module.out_features, module.in_features)
+        scheme = module.scheme if isinstance(module, CompressedWeight) else schemes.get(name)
+        shape = module.shape if isinstance(module, CompressedWeight) else (module.out_features, module.in_features)
         bits = 8 * sum(info.nbytes for key, info in stored.items() if key != "bias")
-        linear_bits += bits + (8 * stored["bias"].nbytes if "bias" in stored else 0)
-        linear_parameters += shape[0] * shape[1] + (shape[0] if "bias" in stored else 0)
-        if name in schemes:
+        size = linears if name in modules else vocabulary
+        size.bits += bits + (8 * stored["bias"].nbytes if "bias" in stored else 0)
+        size.parameters += shape[0] * shape[1] + (shape[0] if "bias" in stored else 0)
+        if name in modules and name in schemes:
             compressed_bits += bits
             compressed_weights += shape[0] * shape[1]
-        tensors = {key: checkpoint.read(names[f"{name}.{key}"]) for key in stored if key != "bias"}
-        scheme = schemes.get(name)
-        if scheme is not None and scheme.storage != "dense":
-            tensors = {"weight": dense_weight(scheme, tensors, shape, torch.float32)}
-        non_zeros = int(tensors["weight"].count_nonzero())
+        non_zeros = _non_zeros(Table(name, shape, {k: info for k, info in stored.items() if k != "bias"}, scheme))
         layers.append(
             LayerInfo(
                 name=name,
@@ -94,28 +99,46 @@ def inspect_checkpoint(
                 density=non_zeros / (shape[0] * shape[1]),
                 bits=bits / (shape[0] * shape[1]),
                 error=errors.get(name),
-                **_runs(scheme, shape, where, checkpoint, dtype),
+                **_runs(module, scheme, shape, where, checkpoint, dtype),
             )
         )
         if progress is not None:
-            progress(done, len(modules))
+            progress(done, len(modules) + len(tables))
 
-    inside = tuple(f"{name}." for name in modules)
+    inside = tuple(f"{name}." for name in (*modules, *tables))
     outside = [checkpoint.info(n) for k, n in names.items() if not k.startswith(inside) and k not in tied_names(model)]
-    outside_parameters = sum(torch.Size(info.shape).numel() for info in outside)
-    outside_bits = 8 * sum(info.nbytes for info in outside)
+    outside_parameters = vocabulary.parameters + sum(torch.Size(info.shape).numel() for info in outside)
+    outside_bits = vocabulary.bits + 8 * sum(info.nbytes for info in outside)
     return Inspection(
         path=str(path),
         format_version=artifact.format_version if artifact is not None else None,
-        effective_bits=linear_bits / linear_parameters,
-        effective_bits_model=(linear_bits + outside_bits) / (linear_parameters + outside_parameters),
+        effective_bits=linears.bits / linears.parameters,
+        effective_bits_model=(linears.bits + outside_bits) / (linears.parameters + outside_parameters),
         linear_bytes_ratio=compressed_bits / (16 * compressed_weights) if compressed_weights else None,
         bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         layers=layers,
     )
 
 
+@dataclass
+class _Size:
+    """Stored bits, and the parameters they stand for."""
+
+    bits: int = 0
+    parameters: int = 0
+
+
+def _non_zeros(table: Table) -> int:
+    """Non-zero weights, counted over some rows at a time where rows are stored apart."""
+    rows, columns = table.shape
+    apart = table.scheme is None or table.scheme.balance == "row"
+    step = max(1, _NUMBERS // columns) if apart else rows
+    parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    return sum(int(table.read(part, torch.float32).count_nonzero()) for part in parts)
+
+
 def _runs(
+    module: nn.Module,
     scheme: LinearScheme | None,
     shape: tuple[int, int],
     device: torch.device | None,
@@ -125,7 +148,8 @@ def _runs(
     """`backend` and `reason` for a compressed linear on `device`."""
     if scheme is None or device is None:
         return {}
-    choice = expect("", scheme, shape, resolve_dtype(dtype, device, stored_dtype(checkpoint)), device)
+    op = module.op if isinstance(module, CompressedWeight) else None
+    choice = expect("", scheme, shape, resolve_dtype(dtype, device, stored_dtype(checkpoint)), device, op)
     return {"backend": choice.backend, "reason": choice.reason}
 
 
@@ -140,5 +164,5 @@ def _reported_errors(folder: Path) -> dict[str, float]:
     """Per-layer errors from the compression report beside the weights, when there is one."""
     if not (folder / _REPORT).is_file():
         return {}
-    layers = read_json(folder / _REPORT).get("layers", [])
-    return {str(layer["name"]): float(layer["error"]) for layer in layers}
+    report = read_json(folder / _REPORT)
+    return {str(layer["name"]): float(layer["error"]) for key in ("layers", "tables") for layer in report.get(key, [])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,38 +20,33 @@ from .scheme import LinearScheme
 _CHANGING = threading.Lock()
 
 
-class CompressedLinear(nn.Module):
-    """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says.
+class CompressedWeight(nn.Module):
+    """A weight `[N, K]` stored as `scheme` says; subclasses compute with it.
 
-    The stored tensors are buffers under the format's own names, `bias` `[N]` or None beside them. The first forward
-    pass (or `prepare`) turns them into the layout of the fastest implementation for this device; whatever needs the
-    stored form again (`state_dict`, `.to`, a copy) turns them back, so that only one form is in memory at a time.
+    The stored tensors are buffers under the format's own names. The first forward pass (or `prepare`) turns them into
+    the layout of the fastest implementation for this device; whatever needs the stored form again (`state_dict`, `.to`,
+    a copy) turns them back, so that only one form is in memory at a time.
     """
-
-    bias: Tensor | None
 
     def __init__(
         self,
         scheme: LinearScheme,
-        in_features: int,
-        out_features: int,
-        bias: bool,
+        shape: tuple[int, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises FormatError when a linear of this shape cannot be stored so."""
+        """Raises FormatError when a weight of this shape cannot be stored so."""
         super().__init__()
-        self.scheme, self.in_features, self.out_features = scheme, in_features, out_features
+        self.scheme, self.shape = scheme, shape
         dtype = dtype or torch.get_default_dtype()
-        for name, spec in storage.tensor_specs(scheme, self.shape).items():
+        for name, spec in storage.tensor_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
-        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         self._prepared: dispatch.Prepared | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.out_features, self.in_features
+    def op(self) -> str:
+        """The folder of kernels in triton_kernels that runs this module."""
+        return self.scheme.op
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, without the bias; brings them back when they are prepared."""
@@ -85,7 +81,8 @@ class CompressedLinear(nn.Module):
         tensors = {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         floating = (tensor.dtype for tensor in present.values() if tensor.is_floating_point())
-        return storage.weight_of(self.scheme, present, self.shape, next(floating, torch.float32))
+        weight = storage.weight_of(self.scheme, present, self.shape, next(floating, torch.float32))
+        return replace(weight, op=self.op)
 
     def _restore(self) -> None:
         """Bring the stored tensors back, bit for bit."""
@@ -106,12 +103,7 @@ class CompressedLinear(nn.Module):
             for name, spec in storage.tensor_specs(self.scheme, self.shape).items():
                 setattr(self, name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
-        prepared = self._prepared or self.prepare(x.dtype)
-        return prepared(x, self.bias)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedLinear:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedWeight:
         self._restore()
         super()._apply(fn, recurse)
         return self
@@ -129,8 +121,33 @@ class CompressedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        kind = f"pattern={self.scheme.pattern}, numbers={self.scheme.numbers}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+        n, k = self.shape
+        return f"in_features={k}, out_features={n}, pattern={self.scheme.pattern}, numbers={self.scheme.numbers}"
+
+
+class CompressedLinear(CompressedWeight):
+    """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None."""
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        scheme: LinearScheme,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Raises FormatError when a linear of this shape cannot be stored so."""
+        super().__init__(scheme, (out_features, in_features), device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
+        prepared = self._prepared or self.prepare(x.dtype)
+        return prepared(x, self.bias)
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
@@ -159,10 +176,10 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
         model.set_submodule(name, module)
 
 
-def check_linears(model: nn.Module, where: str) -> None:
+def check_weights(model: nn.Module, where: str) -> None:
     """Validate every compressed module's loaded buffers; raises InputError naming `where` and the module."""
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, CompressedWeight):
             try:
                 module.check()
             except FormatError as error:

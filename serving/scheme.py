@@ -67,6 +67,11 @@ class IntegerScheme(BaseModel):
     group_size: int = Field(ge=2, multiple_of=2)
     symmetric: bool = False
 
+    @property
+    def dense(self) -> LinearScheme:
+        """The scheme of a matrix without zeros of its own that is stored so."""
+        return LinearScheme(pattern="dense", density=1.0, integers=self)
+
 
 Storage = Literal["dense", "two_four", "integers", "two_four_int4", "groups", "groups_layer"]
 
@@ -142,18 +147,24 @@ class LinearScheme(BaseModel):
 
 
 class ArtifactConfig(BaseModel):
-    """`quantization_config` of a halfweight checkpoint: plain JSON, one scheme per compressed linear."""
+    """`quantization_config` of a halfweight checkpoint: plain JSON, one scheme per compressed linear.
+
+    `embedding` says how the input embedding's rows are stored, as integers in groups along the hidden size; a head tied
+    to it reads the same tensors. A head of its own is one of `linears`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     quant_method: Literal["halfweight"] = QUANT_METHOD
     format_version: int = FORMAT_VERSION
     linears: dict[str, LinearScheme]
+    embedding: IntegerScheme | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for config.json: schemes without the settings that do not apply to them."""
         linears = {name: scheme.model_dump(exclude_defaults=True) for name, scheme in self.linears.items()}
-        return {"quant_method": self.quant_method, "format_version": self.format_version, "linears": linears}
+        data = {"quant_method": self.quant_method, "format_version": self.format_version, "linears": linears}
+        return data if self.embedding is None else {**data, "embedding": self.embedding.model_dump()}
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str) -> ArtifactConfig:

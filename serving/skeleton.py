@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint, TensorInfo
+from .embedding import swap_embedding
 from .errors import InputError
 from .linear import CompressedLinear, swap_linears
+from .scheme import ArtifactConfig
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -46,9 +48,20 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if artifact is not None:
-        swap_linears(model, artifact.linears)
+        swap_modules(model, artifact)
     check_stored(model, checkpoint.tensors)
     return model.requires_grad_(False)
+
+
+def swap_modules(model: Any, artifact: ArtifactConfig) -> None:
+    """Replace, in place, what `artifact` names by compressed modules; raises InputError when it does not fit."""
+    tied = tied_names(model)
+    for name in artifact.linears:
+        if f"{name}.weight" in tied:
+            raise InputError(f"quantization_config names {name}, which is tied to another layer")
+    swap_linears(model, artifact.linears)
+    if artifact.embedding is not None:
+        swap_embedding(model, artifact.embedding)
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from .checkpoint import INDEX_NAME, WEIGHTS_STEM, Checkpoint, read_header
 from .errors import InputError
-from .linear import check_linears, swap_linears
+from .linear import check_weights
 from .scheme import QUANT_METHOD, ArtifactConfig
-from .skeleton import check_stored
+from .skeleton import check_stored, swap_modules
 
 
 def register(registry: ModuleType) -> None:
@@ -59,12 +59,12 @@ def register(registry: ModuleType) -> None:
         update_tp_plan = update_attn_implementation
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-            swap_linears(model, self.quantization_config.artifact.linears)
+            swap_modules(model, self.quantization_config.artifact)
             files = [Path(file) for file in checkpoint_files or []]
             check_stored(model, {name: info for file in files for name, info in read_header(file).items()})
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            check_linears(model, model.config.name_or_path or "model")
+            check_weights(model, model.config.name_or_path or "model")
             _save_under_own_names(model)
             return model
 

@@ -72,6 +72,9 @@ class Prepared:
         return self.run(x, bias)
 
 
+Lookup = Callable[[Tensor, Any, torch.dtype], Tensor]
+
+
 class Layout(NamedTuple):
     """How the CPU kernels store an op's weights: `prepare(weight)` makes a named tuple of tensors and integers,
     `restore` inverts it (given the weight without its tensors), `linear` computes with it, `out_features` reads N off
@@ -81,7 +84,7 @@ class Layout(NamedTuple):
     restore: Callable[[Any, Weight], Mapping[str, Tensor]]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
     out_features: Callable[[Any], int]
-    lookup: Callable[[Tensor, Any, torch.dtype], Tensor] | None = None
+    lookup: Lookup | None = None
 
 
 def can_run(
@@ -211,13 +214,20 @@ def _prepared(weight: Weight, layout: Layout) -> Prepared:
             return operator(x, *form, bias)
         return layout.linear(x, form, bias)
 
+    rows = None if layout.lookup is None else _rows(weight.op, form, layout.lookup)
+    return Prepared("cpu", f"{weight.op} kernels", run, lambda: layout.restore(form, empty), rows)
+
+
+def _rows(op: str, form: Any, lookup: Lookup) -> Callable[[Tensor, torch.dtype], Tensor]:
+    operator = lookup_operator_of(op, type(form), lookup)
+
     def rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
         if torch.compiler.is_compiling():
-            return lookup_of(weight.op, type(form), layout)(ids, *form, dtype)
-        return layout.lookup(ids, form, dtype)
+            result: Tensor = operator(ids, *form, dtype)
+            return result
+        return lookup(ids, form, dtype)
 
-    found = None if layout.lookup is None else rows
-    return Prepared("cpu", f"{weight.op} kernels", run, lambda: layout.restore(form, empty), found)
+    return rows
 
 
 def operator_of(op: str, form: type, layout: Layout) -> Any:
@@ -235,14 +245,13 @@ def operator_of(op: str, form: type, layout: Layout) -> Any:
     return getattr(torch.ops.halfweight, name)
 
 
-def lookup_of(op: str, form: type, layout: Layout) -> Any:
+def lookup_operator_of(op: str, form: type, lookup: Lookup) -> Any:
     """`torch.ops.halfweight.<op>_lookup_cpu(ids, <fields of form>, dtype)`, registered on first use."""
     name = f"{op}_lookup_cpu"
     fields: Any = form
 
     def run(ids: Tensor, *rest: Any) -> Tensor:
-        assert layout.lookup is not None
-        return layout.lookup(ids, fields(*rest[:-1]), rest[-1])
+        return lookup(ids, fields(*rest[:-1]), rest[-1])
 
     def fake(ids: Tensor, *rest: Any) -> Tensor:
         return ids.new_empty((*ids.shape, fields(*rest[:-1]).columns), dtype=rest[-1])
