@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import halfweight  # registers with transformers
+from runs import BLOCKS
 from tiny import ARCHITECTURES, WORDS, tiny_tokenizer
 
 
@@ -74,3 +75,18 @@ def small_recipe(text_file: Path) -> halfweight.Recipe:
             "stages": [{"pass": "wanda", "pattern": "2:4"}],
         }
     )
+
+
+@pytest.fixture(scope="module")
+def dense(make_model: Callable[..., Path]) -> Path:
+    """A tiny Llama of four blocks."""
+    return make_model("llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def whole(dense: Path, small_recipe: halfweight.Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    report = halfweight.compress_checkpoint(dense, small_recipe, out)
+    assert report.blocks_resumed == 0
+    return out
