@@ -28,6 +28,57 @@ def _selected(values, norms, rows, inside, threshold, NORMS: tl.constexpr, REST:
 
 
 @triton.jit
+def _halves(word, BF16: tl.constexpr):
+    """The two 16-bit floats of an int32, low bits first, as fp32."""
+    if BF16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _add(total, tile, value, BF16: tl.constexpr):
+    """`total` plus the rows of `tile` times a value each. bf16 comes as int32 of two columns and has two totals: even
+    and odd columns, which are one instruction away from fp32; fp16 is so anyway.
+    """
+    if BF16:
+        even, odd = _halves(tile, True)
+        return total[0] + even * value[:, None], total[1] + odd * value[:, None]
+    return total[0] + tile.to(tl.float32) * value[:, None], total[1]
+
+
+@triton.jit
+def _fetch(
+    inputs,
+    rows,
+    norms,
+    threshold,
+    k,
+    stop,
+    NORMS: tl.constexpr,
+    REST: tl.constexpr,
+    BF16: tl.constexpr,
+    STRIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The values of UNROLL inputs per lane, and their rows where selected. Behind `stop` values are 0: not selected."""
+    values = ()
+    loaded = ()
+    lanes = tl.arange(0, BLOCK_K)
+    for u in tl.static_range(UNROLL // 4):
+        row = k + 4 * (u * BLOCK_K + lanes)
+        four = tl.load(inputs + u * BLOCK_K, mask=row < stop, other=0)
+        values += _halves(four.to(tl.int32), BF16) + _halves((four >> 32).to(tl.int32), BF16)  # type: ignore[assignment]
+    for u in tl.static_range(UNROLL):
+        row = k + 4 * (u // 4 * BLOCK_K + lanes) + u % 4
+        used = _selected(values[u], norms, row, row < stop, threshold, NORMS, REST)
+        pointers = rows + (u // 4 * 4 * BLOCK_K + u % 4) * STRIDE
+        loaded += (tl.load(pointers, mask=used[:, None], other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+    return values, loaded
+
+
+@triton.jit
 def gemv(
     x,
     weight,
@@ -41,7 +92,6 @@ def gemv(
     N,
     K,
     RANK,
-    stride_w,
     slice_k,
     PARTS: tl.constexpr,
     NORMS: tl.constexpr,
@@ -50,14 +100,18 @@ def gemv(
     PARTIAL: tl.constexpr,
     Z_SLICES: tl.constexpr,
     ADDENDS: tl.constexpr,
-    EVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    STRIDE: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One token: `out[n] = sum_k select(x)[k] weight[k, n] + sum_r z[r] weight[K + r, n] + bias[n]`.
 
-    A warp holds 8 rows of 32 columns per load; the rows are summed once, after the loop. EVEN: slices divide K.
+    A warp holds 8 rows of 32 columns per load; the rows are summed once, after the loop. `x` is int64 of four inputs,
+    zero-padded, whose rows one thread takes; bf16 `weight` is int32 of two columns. Its rows are STRIDE apart, a
+    constant, so that the offsets of a trip's loads are part of their instructions. Rows are fetched a trip ahead of
+    their use, so UNROLL loads of a thread are in flight.
     """
     tile = tl.program_id(0)
     part = 0
@@ -69,32 +123,22 @@ def gemv(
         end = tl.load(tiles + 4 * tile + 2)
     threshold = tl.load(thresholds + part)
     norms += part * K
+    WIDTH: tl.constexpr = BLOCK_N // 2 if BF16 else BLOCK_N
+    STEP: tl.constexpr = BLOCK_K * UNROLL
     lanes = tl.arange(0, BLOCK_K)
-    columns = tl.arange(0, BLOCK_N)
+    columns = tile * WIDTH + tl.arange(0, WIDTH)
     start = tl.program_id(1) * slice_k
     stop = tl.minimum(start + slice_k, K)
-    inputs = x + start + lanes
-    rows = weight + tile * BLOCK_N + (start + lanes).to(tl.int64)[:, None] * stride_w + columns[None, :]
-    total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    for k in range(start, stop, BLOCK_K * UNROLL):
-        # All loads before all arithmetic, so that UNROLL weight loads are in flight.
-        values = ()
-        used = ()
-        loaded = ()
+    inputs = x + start // 4 + lanes
+    rows = weight + (start + 4 * lanes).to(tl.int64)[:, None] * STRIDE + columns[None, :]
+    total = (tl.zeros((BLOCK_K, WIDTH), tl.float32), tl.zeros((BLOCK_K, WIDTH), tl.float32))
+    values, loaded = _fetch(inputs, rows, norms, threshold, start, stop, NORMS, REST, BF16, STRIDE, UNROLL, BLOCK_K)
+    for k in range(start + STEP, stop + STEP, STEP):
         for u in tl.static_range(UNROLL):
-            row = k + u * BLOCK_K + lanes
-            inside = None if EVEN else row < K
-            value = tl.load(inputs + u * BLOCK_K, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
-            values += (value,)  # type: ignore[assignment]
-            used += (_selected(value, norms, row, inside, threshold, NORMS, REST),)  # type: ignore[assignment]
-        for u in tl.static_range(UNROLL):
-            pointers = rows + u * BLOCK_K * stride_w
-            tile_u = tl.load(pointers, mask=used[u][:, None], other=0.0, eviction_policy="evict_first")
-            loaded += (tile_u,)  # type: ignore[assignment]
-        for u in tl.static_range(UNROLL):
-            total += loaded[u].to(tl.float32) * values[u][:, None]
-        inputs += BLOCK_K * UNROLL
-        rows += BLOCK_K * UNROLL * stride_w
+            total = _add(total, loaded[u], values[u], BF16)
+        inputs += STEP // 4
+        rows += STEP * STRIDE
+        values, loaded = _fetch(inputs, rows, norms, threshold, k, stop, NORMS, REST, BF16, STRIDE, UNROLL, BLOCK_K)
     if Z_SLICES:
         # The branch's rows are always read; slices of K share them out.
         for r in range(tl.program_id(1) * BLOCK_K, RANK, tl.num_programs(1) * BLOCK_K):
@@ -102,11 +146,13 @@ def gemv(
             value = tl.zeros((BLOCK_K,), tl.float32)
             for s in tl.static_range(Z_SLICES):
                 value += tl.load(z + (s * PARTS + part) * RANK + rank, mask=rank < RANK, other=0.0)
-            pointers = weight + (K + rank).to(tl.int64)[:, None] * stride_w + tile * BLOCK_N + columns[None, :]
-            branch = tl.load(pointers, mask=(rank < RANK)[:, None], other=0.0, eviction_policy="evict_first")
-            total += branch.to(tl.float32) * value[:, None]
-    result = tl.sum(total, 0)
-    column = first + columns
+            pointers = weight + (K + rank).to(tl.int64)[:, None] * STRIDE + columns[None, :]
+            branch = tl.load(pointers, mask=(rank < RANK)[:, None], other=0, eviction_policy="evict_first")
+            total = _add(total, branch, value, BF16)
+    result = tl.sum(total[0], 0)
+    if BF16:
+        result = tl.join(result, tl.sum(total[1], 0)).reshape(BLOCK_N)
+    column = first + tl.arange(0, BLOCK_N)
     for s in tl.static_range(ADDENDS):
         result += tl.load(addend + s * N + column, mask=column < end, other=0.0)
     if PARTIAL:

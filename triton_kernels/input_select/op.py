@@ -209,7 +209,7 @@ def _kernel(name: str, function: str, m_range: tuple[int, int], budget: dict[tor
 
 
 KERNELS = (
-    _kernel("gemv", "gemv", (1, 1), {torch.float16: 4.5, torch.bfloat16: 5.0}),
+    _kernel("gemv", "gemv", (1, 1), {torch.float16: 3.9, torch.bfloat16: 3.75}),
     _kernel("dot", "dot", (2, MATMUL_FROM - 1), None),
     _kernel("rest_gemv", "gemv", (1, 1), None),
     _kernel("rest_dot", "dot", (2, MATMUL_FROM - 1), None),

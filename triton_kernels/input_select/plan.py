@@ -17,6 +17,7 @@ from .layout import TILE, Prepared
 
 MATMUL_FROM = 64  # tokens
 REDUCE_COLUMNS = 256
+GEMV_THREADS = 128  # of a program; each holds an eighth of a row per load
 Step = tuple[str, Launch]
 
 
@@ -48,20 +49,15 @@ def can_run(shape: Shape, dtype: torch.dtype, target: str) -> tuple[bool, str]:
     return True, ""
 
 
-def gemv_unroll(k: int, slices: int) -> int:
-    """Weight loads a thread keeps in flight: 4, fewer for short slices."""
-    return 4 if k >= 512 * slices else 1
-
-
-def gemv_threads(rows: int) -> int:
-    """Threads of a program for this many rows: each holds an eighth of a row per load."""
-    return 512 if rows >= 2048 else 256 if rows >= 512 else 128
+def gemv_unroll(rows: int) -> int:
+    """Weight loads that a thread of `gemv` keeps in flight, for programs of this many rows: a trip takes 32 of each."""
+    return 16 if rows >= 2048 else 8 if rows >= 512 else 4
 
 
 def gemv_split(n_tiles: int, k: int, limit: int = 16) -> Split:
     """Slices of K for one token: enough programs for a GPU, but no slice under 512 inputs."""
     slices = min(limit, max(1, min(128 // max(1, n_tiles), k // 512)))
-    step = gemv_unroll(k, slices) * gemv_threads(k // slices) * 8 // TILE
+    step = gemv_unroll(k // slices) * GEMV_THREADS * 8 // TILE
     return _whole(k, slices, step)
 
 
@@ -171,19 +167,30 @@ def plan_gemv(
     `z`: partial sums of the branch's z, `z_slices` of them.
     """
     chosen = gemv_split(len(prepared.tiles), prepared.k)
-    threads = gemv_threads(prepared.k // chosen.slices)
+    arguments = _arguments(x, prepared, out, bias, z, addend, chosen)
+    del arguments["stride_w"]
+    bf16 = prepared.weight.dtype == torch.bfloat16
+    weight = prepared.weight.view(torch.int32) if bf16 else prepared.weight
     return Launch(
         grid=(len(prepared.tiles), chosen.slices),
-        arguments=_arguments(x, prepared, out, bias, z, addend, chosen),
+        arguments={**arguments, "x": _fours(x), "weight": weight},
         constants={
             **_constants(prepared, bias, z_slices, rest, addend, chosen),
-            "EVEN": prepared.k % chosen.slice_k == 0,
-            "UNROLL": gemv_unroll(prepared.k, chosen.slices),
-            "BLOCK_K": threads * 8 // TILE,
+            "BF16": bf16,
+            "STRIDE": weight.stride(0),
+            "UNROLL": gemv_unroll(prepared.k // chosen.slices),
+            "BLOCK_K": GEMV_THREADS * 8 // TILE,
             "BLOCK_N": TILE,
         },
-        num_warps=threads // _lanes(target),
+        num_warps=GEMV_THREADS // _lanes(target),
     )
+
+
+def _fours(x: Tensor) -> Tensor:
+    """Inputs `[1, K]` as int64 of four, zero-padded; copied where they do not lie so."""
+    if x.shape[1] % 4 or x.storage_offset() % 4:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 4)).clone()
+    return x.view(torch.int64)
 
 
 def plan_dot(
