@@ -19,7 +19,7 @@ from ..serving.inspect import inspect_checkpoint
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from ..serving.storage import dense_weight, pack_weight
+from ..serving.storage import effective_weight, pack_branch, pack_weight
 from ..serving.tables import Table
 from . import vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
@@ -27,7 +27,7 @@ from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
 from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
-from .passes import PASSES, StageConfig
+from .passes import PASSES, StageConfig, low_rank, needs_of
 from .passes.hessian import HessianError
 from .recipe import Embeddings, Recipe
 from .report import (
@@ -242,7 +242,7 @@ class _Run:
         calibration, dev = ([PausingPass(run, x) for x in stream] for stream in (self.hidden, self.dev))
         with pauses({group[0]: linears[group[0]] for group in groups}):
             for group in groups:
-                hessian = any(PASSES[self.stages[name].name].needs == "hessian" for name in group)
+                hessian = any(needs_of(self.stages[name]) == "hessian" for name in group)
                 statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
                 for forward in calibration:
                     statistics.add(forward.run_to(group[0]))
@@ -270,11 +270,11 @@ class _Run:
         weight = linear.weight.float()
         if not bool(torch.isfinite(weight).all()):
             raise RunError(f"{name}: its weights are not finite; check the checkpoint for damage")
+        stored = self.tensors[f"{name}.weight"].dtype
         try:
-            result = PASSES[stage.name].solve(weight, statistics, stage)
+            result = low_rank.solve(PASSES[stage.name], weight, statistics, stage, stored)
         except HessianError as unusable:
             raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
-        stored = self.tensors[f"{name}.weight"].dtype
         shape = (weight.shape[0], weight.shape[1])
         scheme = stage.scheme(shape)
         rounded = result.weight if result.quantized is not None else result.weight.to(stored)
@@ -283,7 +283,10 @@ class _Run:
                 f"{name}: compressed weights are not finite in {stored}; raise damping, or keep the layer dense"
             )
         packed = pack_weight(rounded, scheme, result.quantized, result.mask)
-        rounded = dense_weight(scheme, packed, shape, linear.weight.dtype)
+        if scheme.low_rank is not None and result.branch is not None:
+            v, u, codes = result.branch
+            packed |= pack_branch(scheme.low_rank, v.to(stored), u.to(stored), codes)
+        rounded = effective_weight(scheme, packed, shape, linear.weight.dtype)
         error = relative_error(held_out.float(), weight, rounded.float())
         linear.weight = nn.Parameter(rounded, requires_grad=False)
         layer = LayerReport(
@@ -304,7 +307,7 @@ class _Run:
         for name, linear in linears.items():
             suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
             shape = (linear.out_features, linear.in_features)
-            weight = dense_weight(self.stages[name].scheme(shape), suffixes, shape, linear.weight.dtype)
+            weight = effective_weight(self.stages[name].scheme(shape), suffixes, shape, linear.weight.dtype)
             linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:

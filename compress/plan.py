@@ -18,7 +18,7 @@ from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import DEV_SHARE, check_context
-from .passes import PASSES, StageConfig
+from .passes import StageConfig, needs_of
 from .recipe import Embeddings, Recipe
 from .vocabulary import check_supported
 
@@ -173,7 +173,7 @@ def _peak_bytes(
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
         solver = 0
         for first, members in _inputs(stages, {n: shapes[n] for n in names}).items():
-            needs = PASSES[stages[first].name].needs
+            needs = needs_of(stages[first])
             k, n = shapes[first][1], max(shapes[name][0] for name in members)
             hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 4 * k
             solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
@@ -201,9 +201,10 @@ def _seconds(
     solvers = 0.0
     for first, members in _inputs(stages, shapes).items():
         stage, k = stages[first], shapes[first][1]
-        if PASSES[stage.name].needs == "hessian":
+        if needs_of(stage) == "hessian":
             operations += tokens * k * k * 1.3
             rounds = sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents")) or 1
+            rounds *= 1 if stage.low_rank is None else 2  # it is solved twice
             solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
     speeds = [_matmul_speed(walker.device, dtype) * _MATMUL_SHARE for dtype in (walker.dtype, torch.float32)]
     return operations / speeds[0] + solvers / speeds[1]

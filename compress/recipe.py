@@ -223,6 +223,10 @@ def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Itera
                 if scheme is not None and scheme.balance == "layer":
                     # How many groups a whole layer keeps grows with its rows; the fused one keeps their sum.
                     scheme = scheme.model_copy(update={"kept": None, "density": 1.0})
+                if scheme is not None and scheme.low_rank is not None:
+                    # Ranks follow the rows too; the fused branch takes the largest, and zeros for the others.
+                    branch = scheme.low_rank.model_copy(update={"rank": 1})
+                    scheme = scheme.model_copy(update={"low_rank": branch})
                 siblings.setdefault((parent, group), set()).add(scheme)
     for (parent, group), found in siblings.items():
         if len(found) > 1:

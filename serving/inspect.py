@@ -15,6 +15,7 @@ from .linear import CompressedWeight
 from .load import resolve_device, resolve_dtype, stored_dtype
 from .scheme import LinearScheme
 from .skeleton import build_skeleton, find_blocks, is_linear, tensor_names, tied_names
+from .storage import weight_specs
 from .tables import Table
 from .warmup import expect
 
@@ -24,9 +25,9 @@ _NUMBERS = 2**22  # looked at together
 
 class LayerInfo(BaseModel):
     """One decoder linear, or quantized embedding or head, `[N, K]`. `density` is the measured fraction of non-zeros,
-    `bits` are stored per weight, `error` is the relative error that compression reported: of a linear's outputs on
-    held-out text, of a table's weights (None for an untouched layer). When a device was asked for, `backend` and
-    `reason` say what would run a compressed linear there."""
+    `bits` are stored per weight, both with a low-rank branch in the bits alone. `error` is the relative error that
+    compression reported: of a linear's outputs on held-out text, of a table's weights (None for an untouched layer).
+    When a device was asked for, `backend` and `reason` say what would run a compressed linear there."""
 
     name: str
     shape: tuple[int, int]
@@ -73,8 +74,10 @@ def inspect_checkpoint(
     schemes = artifact.linears if artifact is not None else {}
     errors = _reported_errors(checkpoint.path)
 
-    modules = {n: m for n, m in model.named_modules() if n.startswith(prefix + ".") and is_linear(m)}
-    tables = {n: m for n, m in model.named_modules() if n not in modules and isinstance(m, CompressedWeight)}
+    known = dict(model.named_modules())
+    whole = {n: m for n, m in known.items() if not isinstance(known[n.rpartition(".")[0]], CompressedWeight)}
+    modules = {n: m for n, m in whole.items() if n.startswith(prefix + ".") and is_linear(m)}
+    tables = {n: m for n, m in whole.items() if n not in modules and isinstance(m, CompressedWeight)}
     layers = []
     linears, vocabulary = _Size(), _Size()
     compressed_bits = compressed_weights = 0
@@ -89,7 +92,8 @@ def inspect_checkpoint(
         if name in modules and name in schemes:
             compressed_bits += bits
             compressed_weights += shape[0] * shape[1]
-        non_zeros = _non_zeros(Table(name, shape, {k: info for k, info in stored.items() if k != "bias"}, scheme))
+        own = ("weight",) if scheme is None else tuple(weight_specs(scheme, shape))
+        non_zeros = _non_zeros(Table(name, shape, {key: stored[key] for key in own}, scheme))
         layers.append(
             LayerInfo(
                 name=name,
@@ -131,8 +135,9 @@ class _Size:
 def _non_zeros(table: Table) -> int:
     """Non-zero weights, counted over some rows at a time where rows are stored apart."""
     rows, columns = table.shape
-    apart = table.scheme is None or table.scheme.balance == "row"
-    step = max(1, _NUMBERS // columns) if apart else rows
+    if table.scheme is not None and table.scheme.balance == "layer":
+        return int(table.whole(torch.float32).count_nonzero())
+    step = max(1, _NUMBERS // columns)
     parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
     return sum(int(table.read(part, torch.float32).count_nonzero()) for part in parts)
 
@@ -157,7 +162,8 @@ def _numbers(scheme: LinearScheme | None, stored: Mapping[str, TensorInfo]) -> s
     """How a linear's kept weights are stored: `int4 g64`, or the floating-point dtype."""
     if scheme is not None and scheme.integers is not None:
         return scheme.numbers
-    return next(str(info.dtype).removeprefix("torch.") for info in stored.values() if info.dtype.is_floating_point)
+    kind = next(str(info.dtype).removeprefix("torch.") for info in stored.values() if info.dtype.is_floating_point)
+    return kind if scheme is None or scheme.low_rank is None else f"{kind} + {scheme.low_rank}"
 
 
 def _reported_errors(folder: Path) -> dict[str, float]:

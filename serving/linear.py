@@ -39,7 +39,7 @@ class CompressedWeight(nn.Module):
         super().__init__()
         self.scheme, self.shape = scheme, shape
         dtype = dtype or torch.get_default_dtype()
-        for name, spec in storage.tensor_specs(scheme, shape).items():
+        for name, spec in storage.weight_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: dispatch.Prepared | None = None
 
@@ -51,7 +51,7 @@ class CompressedWeight(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, without the bias; brings them back when they are prepared."""
         self._restore()
-        return {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}
+        return {name: getattr(self, name) for name in storage.weight_specs(self.scheme, self.shape)}
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with its zeros."""
@@ -78,7 +78,7 @@ class CompressedWeight(nn.Module):
         return dispatch.verify(self._weight(), dtype, tokens, seed)
 
     def _weight(self) -> dispatch.Weight:
-        tensors = {name: getattr(self, name) for name in storage.tensor_specs(self.scheme, self.shape)}
+        tensors = {name: getattr(self, name) for name in storage.weight_specs(self.scheme, self.shape)}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         floating = (tensor.dtype for tensor in present.values() if tensor.is_floating_point())
         weight = storage.weight_of(self.scheme, present, self.shape, next(floating, torch.float32))
@@ -100,7 +100,7 @@ class CompressedWeight(nn.Module):
         """Drop the weights: the stored tensors are back on the meta device, to be loaded anew."""
         with _CHANGING:
             self._prepared = None
-            for name, spec in storage.tensor_specs(self.scheme, self.shape).items():
+            for name, spec in storage.weight_specs(self.scheme, self.shape).items():
                 setattr(self, name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedWeight:
@@ -126,9 +126,14 @@ class CompressedWeight(nn.Module):
 
 
 class CompressedLinear(CompressedWeight):
-    """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None."""
+    """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None.
+
+    A low-rank branch adds `(x @ V) @ U.T`: buffers `V` `[1, K, rank]` and `U` `[N, rank]`, or two linears of integers.
+    """
 
     bias: Tensor | None
+    V: Tensor | CompressedLinear
+    U: Tensor | CompressedLinear
 
     def __init__(
         self,
@@ -143,11 +148,31 @@ class CompressedLinear(CompressedWeight):
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        branch = scheme.low_rank
+        if branch is None:
+            return
+        specs = storage.tensor_specs(scheme, self.shape)
+        if branch.parts is None:
+            for name in ("V", "U"):
+                self.register_buffer(name, torch.zeros(specs[name].shape, device=device, dtype=dtype))
+        else:
+            inner, outer = branch.parts
+            self.V = CompressedLinear(inner, in_features, branch.rank, False, device, dtype)
+            self.U = CompressedLinear(outer, branch.rank, out_features, False, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
-        return prepared(x, self.bias)
+        y = prepared(x, self.bias)
+        return y if self.scheme.low_rank is None else y + self._branch(x)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        v, u = self.V, self.U
+        if isinstance(v, Tensor) and isinstance(u, Tensor):
+            return nn.functional.linear(x @ v[0].to(x.dtype), u.to(x.dtype))
+        assert not isinstance(v, Tensor) and not isinstance(u, Tensor)  # both or neither are integers
+        result: Tensor = u(v(x))
+        return result
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:

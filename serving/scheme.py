@@ -73,6 +73,29 @@ class IntegerScheme(BaseModel):
         return LinearScheme(pattern="dense", density=1.0, integers=self)
 
 
+class LowRankScheme(BaseModel):
+    """A branch beside a linear `[N, K]`: outputs gain `(x @ V) @ U^T`, with `V` `[K, rank]` and `U` `[N, rank]`.
+
+    Both are in the model's dtype, or as `integers`: V^T in groups along K, U in groups along the rank.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1)
+    integers: IntegerScheme | None = None
+
+    @property
+    def parts(self) -> tuple[LinearScheme, LinearScheme] | None:
+        """With integers, the schemes of the linears `[rank, K]` and `[N, rank]` that make the branch."""
+        if self.integers is None:
+            return None
+        size = min(self.integers.group_size, self.rank + self.rank % 2)
+        return self.integers.dense, self.integers.model_copy(update={"group_size": size}).dense
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}{'' if self.integers is None else f' int{self.integers.bits}'}"
+
+
 Storage = Literal["dense", "two_four", "integers", "two_four_int4", "groups", "groups_layer"]
 
 
@@ -93,6 +116,7 @@ class LinearScheme(BaseModel):
     row, kept or dropped whole) or `unstructured`; `density` is the kept fraction. `integers` says how kept weights are
     stored; without it they keep the model's 16 bits. Groups are always int4 and also say how many are `kept` (per row,
     or with `balance: layer` in the whole matrix) and into how many `segments` tensor parallelism may cut a row.
+    `low_rank` adds a branch to a pattern that has a packed form.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,9 +127,12 @@ class LinearScheme(BaseModel):
     kept: int | None = Field(default=None, ge=0)
     segments: Literal[1, 2, 4, 8] = 1
     balance: Literal["row", "layer"] = "row"
+    low_rank: LowRankScheme | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearScheme:
+        if self.low_rank is not None and self.storage == "dense":
+            raise ValueError(f"pattern {self.pattern} is stored whole, where a low-rank branch would gain nothing")
         if self.group is None:
             if self.kept is not None or self.segments != 1 or self.balance != "row":
                 raise ValueError(f"pattern {self.pattern} has no kept groups, segments or balance")
@@ -139,11 +166,12 @@ class LinearScheme(BaseModel):
 
     @property
     def numbers(self) -> str:
-        """How the kept weights are stored, in words: `int4 g64`, or `16-bit`."""
+        """How the kept weights are stored, in words: `int4 g64`, or `16-bit`; and the branch, if there is one."""
+        branch = "" if self.low_rank is None else f" + {self.low_rank}"
         if self.integers is None:
-            return "16-bit"
+            return f"16-bit{branch}"
         kind = " sym" if self.integers.symmetric else ""
-        return f"int{self.integers.bits} g{self.integers.group_size}{kind}"
+        return f"int{self.integers.bits} g{self.integers.group_size}{kind}{branch}"
 
 
 class ArtifactConfig(BaseModel):

@@ -15,7 +15,7 @@ from ..triton_kernels.formats.groups import Groups, KeptGroups
 from ..triton_kernels.formats.groups_layer import LayerGroups
 from ..triton_kernels.formats.integers import Integers, Quantized
 from ..triton_kernels.formats.two_four_int4 import TwoFourInt4
-from .scheme import IntegerScheme, LinearScheme
+from .scheme import IntegerScheme, LinearScheme, LowRankScheme
 
 Shape = tuple[int, int]
 Form = TypeVar("Form", bound=tuple[Any, ...])
@@ -32,6 +32,23 @@ class TensorSpec(NamedTuple):
 
 def tensor_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
     """Stored tensors of a linear `[N, K]` (without its bias) by suffix. Raises FormatError when they cannot fit."""
+    return {**weight_specs(scheme, shape), **_branch_specs(scheme.low_rank, shape)}
+
+
+def _branch_specs(branch: LowRankScheme | None, shape: Shape) -> dict[str, TensorSpec]:
+    if branch is None:
+        return {}
+    (n, k), rank = shape, branch.rank
+    if rank > min(shape):
+        raise FormatError(f"a branch of rank {rank} is larger than a linear {list(shape)}")
+    if branch.parts is None:
+        return {"V": TensorSpec((1, k, rank), None), "U": TensorSpec((n, rank), None)}
+    parts = {"V": weight_specs(branch.parts[0], (rank, k)), "U": weight_specs(branch.parts[1], (n, rank))}
+    return {f"{part}.{name}": spec for part, specs in parts.items() for name, spec in specs.items()}
+
+
+def weight_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
+    """As `tensor_specs`, without those of a low-rank branch."""
     shapes: dict[str, tuple[int, ...]]
     match scheme.storage:
         case "two_four":
@@ -59,7 +76,8 @@ def stored_bits(scheme: LinearScheme, shape: Shape, dtype: torch.dtype) -> int:
 
 
 def validate(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) -> None:
-    """Raise FormatError unless `tensors` are a valid stored form of a linear `[N, K]`; later reads are safe then."""
+    """Raise FormatError unless `tensors` are a valid stored form of a linear `[N, K]`, a branch apart; later reads are
+    safe then."""
     match scheme.storage:
         case "two_four":
             two_four.validate(tensors["values"], tensors["meta"], shape)
@@ -81,7 +99,10 @@ def validate(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) 
 
 
 def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-    """The dense weight `[N, K]` with its zeros, in `dtype`: exact in fp32, rounded once to a narrower dtype."""
+    """The dense weight `[N, K]` with its zeros, in `dtype`: exact in fp32, rounded once to a narrower dtype.
+
+    A low-rank branch is no part of it; see `effective_weight`.
+    """
     match scheme.storage:
         case "two_four":
             return two_four.unpack(tensors["values"], tensors["meta"]).to(dtype)
@@ -98,6 +119,39 @@ def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Sha
             return groups_layer.dequantize(_as(LayerGroups, tensors), shape[1], dtype=dtype)
         case "dense":
             return tensors["weight"].to(dtype)
+
+
+def effective_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The dense weight `[N, K]` plus the low-rank branch's share of it, in `dtype`."""
+    branch = scheme.low_rank
+    if branch is None:
+        return dense_weight(scheme, tensors, shape, dtype)
+    (n, k), rank = shape, branch.rank
+    if branch.parts is None:
+        v, u = tensors["V"][0].float(), tensors["U"].float()
+    else:
+        v_tensors, u_tensors = (
+            {name[2:]: tensor for name, tensor in tensors.items() if name.startswith(part)} for part in ("V.", "U.")
+        )
+        v = dense_weight(branch.parts[0], v_tensors, (rank, k), torch.float32).T
+        u = dense_weight(branch.parts[1], u_tensors, (n, rank), torch.float32)
+    return dense_weight(scheme, tensors, shape, torch.float32).addmm_(u, v.T).to(dtype)
+
+
+def pack_branch(
+    branch: LowRankScheme, v: Tensor, u: Tensor, quantized: tuple[Quantized, Quantized] | None
+) -> dict[str, Tensor]:
+    """Tensors to store for a branch `V` `[K, rank]`, `U` `[N, rank]`; with integers, the codes of V^T and U."""
+    if branch.parts is None:
+        return {"V": v[None].contiguous(), "U": u}
+    if quantized is None:
+        raise FormatError(f"a branch of {branch} needs codes and scales")
+    parts = zip("VU", (v.T, u), branch.parts, quantized, strict=True)
+    return {
+        f"{part}.{name}": tensor
+        for part, dense, scheme, codes in parts
+        for name, tensor in pack_weight(dense, scheme, codes).items()
+    }
 
 
 def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Weight:

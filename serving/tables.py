@@ -34,12 +34,16 @@ class Table:
 
         return self._dense(read, dtype)
 
-    def _rows(self, suffix: str, info: TensorInfo, rows: slice, device: torch.device | str) -> Tensor:
+    def whole(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """All rows `[R, C]` in `dtype`; the one way to read a scheme whose rows do not lie apart."""
+        return self._dense(lambda suffix, info: self._rows(suffix, info, None, device), dtype)
+
+    def _rows(self, suffix: str, info: TensorInfo, rows: slice | None, device: torch.device | str) -> Tensor:
         return read_tensor(f"{self.name}.{suffix}", info, None, device, rows)
 
     def _dense(self, read: Callable[[str, TensorInfo], Tensor], dtype: torch.dtype) -> Tensor:
         found = {suffix: read(suffix, info) for suffix, info in self.tensors.items()}
         if self.scheme is None:
             return found["weight"].to(dtype)
-        count = len(next(iter(found.values())))
+        count = len(next(iter(found.values())))  # only balance: layer would take it for the number of rows
         return dense_weight(self.scheme, found, (count, self.shape[1]), dtype)

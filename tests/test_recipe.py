@@ -117,6 +117,7 @@ def test_written_recipes_spell_out_defaults() -> None:
     assert data["stages"][0] == {
         "targets": ["*"],
         "ignore": [],
+        "low_rank": None,
         "pattern": "2:4",
         "density": None,
         "scope": "row",

@@ -6,7 +6,7 @@ from typing import Any
 
 from .admm.config import ADMMConfig
 from .admm.solver import solve as _admm
-from .base import Pass, PruneResult, PruningConfig, StageConfig
+from .base import Needs, Pass, PruneResult, PruningConfig, StageConfig
 from .gptq.config import GPTQConfig
 from .gptq.solver import solve as _gptq
 from .gqsa.config import GQSAConfig
@@ -30,6 +30,12 @@ PASSES: dict[str, Pass[Any]] = {
     "gqsa": Pass(GQSAConfig, "hessian", _gqsa, "groups or N:M, pruned and quantized in one sweep"),
 }
 
+
+def needs_of(stage: StageConfig) -> Needs:
+    """What a stage needs to know about a linear's inputs."""
+    return "hessian" if stage.low_rank is not None else PASSES[stage.name].needs
+
+
 __all__ = [
     "PASSES",
     "ADMMConfig",
@@ -43,4 +49,5 @@ __all__ = [
     "SparseGPTConfig",
     "StageConfig",
     "WandaConfig",
+    "needs_of",
 ]

@@ -5,14 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ...serving.scheme import IntegerScheme, LinearScheme, Pattern, parse_nm
+from ...serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, Pattern, parse_nm
 from ...triton_kernels.formats.integers import Quantized
 from ..statistics import InputStatistics
+
+
+class LowRankSettings(BaseModel):
+    """A branch that makes up for what a pass does to a linear `[N, K]`: its rank is `fraction` of the smaller of N and
+    K, in multiples of 16. It is stored in the checkpoint's dtype, or in `bits` with a scale per `group_size` numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fraction: float = Field(default=0.1, gt=0, le=1)
+    bits: Literal[4, 8] | None = None
+    group_size: int = Field(default=64, ge=2, multiple_of=2)
+
+    def scheme(self, shape: tuple[int, int]) -> LowRankScheme:
+        """The branch beside a linear of `shape` `(N, K)`."""
+        rank = min(min(shape), max(16, 16 * round(self.fraction * min(shape) / 16)))
+        if self.bits is None:
+            return LowRankScheme(rank=rank)
+        integers = IntegerScheme(bits=self.bits, group_size=self.group_size, symmetric=True)
+        return LowRankScheme(rank=rank, integers=integers)
 
 
 class StageConfig(BaseModel):
@@ -20,12 +40,14 @@ class StageConfig(BaseModel):
 
     `targets` and `ignore` are patterns over full module names such as `model.layers.0.mlp.down_proj`: globs, or regular
     expressions after `re:`. A glob without a dot matches the last part of the name, so `down_proj` is enough.
+    `low_rank` adds a branch to each of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
+    low_rank: LowRankSettings | None = None
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -53,7 +75,19 @@ class StageConfig(BaseModel):
         return self
 
     def scheme(self, shape: tuple[int, int]) -> LinearScheme:
-        """What the stage leaves behind in a linear of `shape` `(N, K)`; its config comes from `for_linear`."""
+        """What the stage leaves behind in a linear of `shape` `(N, K)`; its config comes from `for_linear`.
+
+        Raises ValueError for a branch beside weights that are stored whole.
+        """
+        scheme = self.weight_scheme(shape)
+        if self.low_rank is None:
+            return scheme
+        if scheme.storage == "dense":
+            raise ValueError(f"pattern {scheme.pattern} is stored whole, where a low-rank branch would gain nothing")
+        return scheme.model_copy(update={"low_rank": self.low_rank.scheme(shape)})
+
+    def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
+        """The scheme without a low-rank branch."""
         raise NotImplementedError
 
 
@@ -130,8 +164,16 @@ class PruningConfig(StageConfig):
     def structure(self) -> str:
         return self.pattern
 
-    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
+    def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
         return LinearScheme(pattern=self.pattern, density=self.kept)
+
+
+class Branch(NamedTuple):
+    """`v` `[K, rank]` and `u` `[N, rank]`, fp32, exactly as they are stored; `quantized`: the codes of v^T and u."""
+
+    v: Tensor
+    u: Tensor
+    quantized: tuple[Quantized, Quantized] | None
 
 
 @dataclass(frozen=True)
@@ -139,13 +181,14 @@ class PruneResult:
     """What a solver leaves.
 
     `weight` `[N, K]` fp32, exactly zero off `mask` `[N, K]` (bool, True is kept); `stats` for the report. With
-    `quantized`, `weight` is exactly what its codes, scales and zeros stand for.
+    `quantized`, `weight` is exactly what its codes, scales and zeros stand for; `branch` stands beside it.
     """
 
     weight: Tensor
     mask: Tensor
     stats: dict[str, float] = field(default_factory=dict)
     quantized: Quantized | None = None
+    branch: Branch | None = None
 
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)

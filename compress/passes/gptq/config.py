@@ -17,5 +17,5 @@ class GPTQConfig(StageConfig, SweepSettings):
     def structure(self) -> str:
         return self.numbers
 
-    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
+    def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
         return LinearScheme(pattern="dense", density=1.0, integers=self.integers())

@@ -97,7 +97,7 @@ class GQSAConfig(ADMMSettings, SweepSettings):
             raise ValueError(f"{segments} segments do not split its {shape[1]} inputs and {kept} kept groups evenly")
         return self.model_copy(update={"segments": segments})
 
-    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
+    def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
         integers = self.integers()
         if self.group is None:
             return LinearScheme(pattern=self.pattern, density=self.kept, integers=integers)

@@ -17,5 +17,5 @@ class RTNConfig(StageConfig, IntegerSettings):
     def structure(self) -> str:
         return self.numbers
 
-    def scheme(self, shape: tuple[int, int]) -> LinearScheme:
+    def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
         return LinearScheme(pattern="dense", density=1.0, integers=self.integers())
