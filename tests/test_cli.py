@@ -545,7 +545,6 @@ BAD_INPUT: dict[str, Case] = {
         lambda w: w.compress(None, "--calibration", "organisation/dataset"),
         ("organisation/dataset",),
     ),
-    "no --out": (lambda w: ["compress", w.llama, "--recipe", w.recipe], ("'--out'; see",)),
     "prompt without tokens": (lambda w: ["generate", w.llama, "--prompt", ""], ("--prompt",)),
 }
 
