@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..triton_kernels import dispatch
 from ..triton_kernels.formats import FormatError
+from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .errors import InputError
 from .scheme import LinearScheme
@@ -41,7 +42,7 @@ class CompressedWeight(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         for name, spec in storage.weight_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
-        self._prepared: dispatch.Prepared | None = None
+        self._prepared: Prepared | None = None
 
     @property
     def op(self) -> str:
@@ -61,7 +62,7 @@ class CompressedWeight(nn.Module):
         """Raise FormatError when the loaded buffers are not a valid weight of this module's shape."""
         storage.validate(self.scheme, self.stored(), self.shape)
 
-    def prepare(self, dtype: torch.dtype) -> dispatch.Prepared:
+    def prepare(self, dtype: torch.dtype) -> Prepared:
         """Choose the implementation for inputs of `dtype` on this module's device, and take on its layout."""
         with _CHANGING:
             if self._prepared is None:
@@ -77,7 +78,7 @@ class CompressedWeight(nn.Module):
         self._restore()
         return dispatch.verify(self._weight(), dtype, tokens, seed)
 
-    def _weight(self) -> dispatch.Weight:
+    def _weight(self) -> Weight:
         tensors = {name: getattr(self, name) for name in storage.weight_specs(self.scheme, self.shape)}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         floating = (tensor.dtype for tensor in present.values() if tensor.is_floating_point())
@@ -92,7 +93,7 @@ class CompressedWeight(nn.Module):
                     setattr(self, name, tensor)
                 self._prepared = None
 
-    def implementation(self) -> dispatch.Prepared | None:
+    def implementation(self) -> Prepared | None:
         """What runs this module, or None before it was decided."""
         return self._prepared
 

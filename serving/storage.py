@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..triton_kernels.dispatch import Weight
 from ..triton_kernels.formats import FormatError, groups, groups_layer, integers, two_four, two_four_int4
 from ..triton_kernels.formats.groups import Groups, KeptGroups
 from ..triton_kernels.formats.groups_layer import LayerGroups
 from ..triton_kernels.formats.integers import Integers, Quantized
 from ..triton_kernels.formats.two_four_int4 import TwoFourInt4
+from ..triton_kernels.weight import Weight
 from .scheme import IntegerScheme, LinearScheme, LowRankScheme
 
 Shape = tuple[int, int]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,70 +22,11 @@ from torch.nn import functional as F
 from . import trust
 from .formats import FormatError
 from .library import register
+from .weight import Layout, Lookup, Prepared, Weight
 
 SWITCH = "HALFWEIGHT_BACKEND"
 # Relative RMS error a kernel may show against the reference in fp32 math, by the dtype of its inputs and outputs.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A compressed weight `[N, K]` in its stored form: `op` names the folder of kernels for it, `settings` its numbers.
-
-    `dtype` is the model's.
-    """
-
-    op: str
-    tensors: Mapping[str, Tensor]
-    shape: tuple[int, int]
-    settings: Mapping[str, int]
-    dtype: torch.dtype
-    expand: Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight `[N, K]` in `dtype`: what every implementation has to reproduce."""
-        return self.expand(self.tensors, dtype)
-
-    def stored(self, form: Any) -> Any:
-        """The stored tensors as a format's named tuple."""
-        return form(*(self.tensors.get(name) for name in form._fields))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`; `reason` says why.
-
-    `rows(ids [...], dtype)` are rows `[..., K]` of the weight, where its op is an embedding table too.
-    """
-
-    backend: str
-    reason: str
-    run: Callable[[Tensor, Tensor | None], Tensor]
-    restore: Callable[[], Mapping[str, Tensor]]
-    rows: Callable[[Tensor, torch.dtype], Tensor] | None = None
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` `[..., K]` -> `[..., N]`."""
-        return self.run(x, bias)
-
-
-Lookup = Callable[[Tensor, Any, torch.dtype], Tensor]
-
-
-class Layout(NamedTuple):
-    """How the CPU kernels store an op's weights: `prepare(weight)` makes a named tuple of tensors and integers,
-    `restore` inverts it (given the weight without its tensors), `linear` computes with it, `out_features` reads N off
-    it; of an op that is an embedding table too, `lookup(ids [...], form, dtype)` gives rows `[..., K]`."""
-
-    prepare: Callable[[Weight], Any]
-    restore: Callable[[Any, Weight], Mapping[str, Tensor]]
-    linear: Callable[[Tensor, Any, Tensor | None], Tensor]
-    out_features: Callable[[Any], int]
-    lookup: Lookup | None = None
 
 
 def can_run(

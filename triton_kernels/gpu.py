@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import trust
-from .dispatch import Prepared, Weight
 from .formats import FormatError
 from .formats.groups import Groups
 from .formats.groups_layer import LayerGroups
@@ -23,6 +22,7 @@ from .int4 import layout as int4
 from .launch import EVERY_GPU, NVIDIA, device_target
 from .two_four import layout as two_four
 from .two_four_int4 import layout as two_four_int4
+from .weight import Prepared, Weight
 
 
 class Form(NamedTuple):

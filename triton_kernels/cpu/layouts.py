@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..dispatch import Layout, Weight
 from ..formats.groups import Groups
 from ..formats.groups_layer import LayerGroups
 from ..formats.integers import Integers
 from ..formats.two_four_int4 import TwoFourInt4
+from ..weight import Layout, Weight
 from . import group_int4, int4, tied, two_four, two_four_int4
 
 
