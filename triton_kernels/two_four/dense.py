@@ -90,6 +90,12 @@ def dot(
         bottom = spread((pair >> 32) & 0xFFFF, (pair >> 48) & 0xFFFF, (pattern >> 16) & 15)
         upper = dot_groups(upper, x_groups, _columns(top, ROW_TILES), BF16, DOT)
         lower = dot_groups(lower, x_groups, _columns(bottom, ROW_TILES), BF16, DOT)
+    store_halves(upper, lower, y, bias, m, M, N, ROW_TILES)
+
+
+@triton.jit
+def store_halves(upper, lower, y, bias, m, M, N, ROW_TILES: tl.constexpr):
+    """Store the sums `[m; row tile, g]` of rows g and g + 8 of this program's tiles of 16 rows, with the bias added."""
     o = tl.arange(0, 8 * ROW_TILES)[None, :]
     row = tl.program_id(0) * (16 * ROW_TILES) + o // 8 * 16 + o % 8
     if bias is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..two_four.dense import dot_groups, spread
+from ..two_four.dense import dot_groups, spread, store_halves
 from ..two_four.kernel import high_half, low_half
 
 
@@ -121,13 +121,7 @@ def dot(
         upper = dot_groups(upper, x_right, _columns(top_right, ROW_TILES), BF16, DOT)
         lower = dot_groups(lower, x_left, _columns(bottom_left, ROW_TILES), BF16, DOT)
         lower = dot_groups(lower, x_right, _columns(bottom_right, ROW_TILES), BF16, DOT)
-    o = tl.arange(0, 8 * ROW_TILES)[None, :]
-    row = tl.program_id(0) * (16 * ROW_TILES) + o // 8 * 16 + o % 8
-    if bias is not None:
-        upper += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
-        lower += tl.load(bias + row + 8, mask=row + 8 < N, other=0).to(tl.float32)
-    tl.store(y + m * N + row, upper, mask=(m < M) & (row < N))
-    tl.store(y + m * N + row + 8, lower, mask=(m < M) & (row + 8 < N))
+    store_halves(upper, lower, y, bias, m, M, N, ROW_TILES)
 
 
 @triton.jit
