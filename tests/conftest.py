@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 import halfweight  # registers with transformers
+import halfweight.cli
+from artifacts import shards
+from commands import Cli, Result
 from runs import BLOCKS
 from tiny import ARCHITECTURES, WORDS, tiny_tokenizer
 
@@ -90,3 +94,63 @@ def whole(dense: Path, small_recipe: halfweight.Recipe, tmp_path_factory: pytest
     report = halfweight.compress_checkpoint(dense, small_recipe, out)
     assert report.blocks_resumed == 0
     return out
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run `halfweight ARGUMENTS` in this process, through the real entry point."""
+    from transformers.utils import logging
+
+    # In a process of its own the command does this through the environment, before transformers is imported.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+    def run(*arguments: Any) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["halfweight", *map(str, arguments)])
+        code: Any = 0
+        try:
+            halfweight.cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recipe(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file: Wanda 2:4 with four windows of 32 tokens of the test text."""
+    file = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    file.write_text(
+        "description: for tests\n"
+        f"calibration: {{data: {text_file}, samples: 4, seqlen: 32}}\n"
+        "stages:\n- pass: wanda\n  pattern: '2:4'\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def compressed(llama: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    halfweight.compress_checkpoint(llama, recipe, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def artifact(llama: Path, small_recipe: halfweight.Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama at 2:4, one shard."""
+    folder = tmp_path_factory.mktemp("artifact") / "llama-2of4"
+    halfweight.compress_checkpoint(llama, small_recipe, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same artifact, saved again in several shards."""
+    folder = tmp_path_factory.mktemp("sharded") / "llama-2of4"
+    halfweight.load(artifact, dtype="bfloat16").save_pretrained(folder, max_shard_size="12KB")
+    assert len(shards(folder)) > 1
+    return folder
