@@ -167,6 +167,16 @@ class CompressedLinear(CompressedWeight):
         y = prepared(x, self.bias)
         return y if self.scheme.low_rank is None else y + self._branch(x)
 
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]` with its zeros, plus the low-rank branch's share of it."""
+        tensors = self.stored()
+        for name in () if self.scheme.low_rank is None else ("V", "U"):
+            part = getattr(self, name)
+            tensors |= (
+                {name: part} if isinstance(part, Tensor) else {f"{name}.{k}": t for k, t in part.stored().items()}
+            )
+        return storage.effective_weight(self.scheme, tensors, self.shape, dtype)
+
     def _branch(self, x: Tensor) -> Tensor:
         v, u = self.V, self.U
         if isinstance(v, Tensor) and isinstance(u, Tensor):
@@ -200,6 +210,19 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
             raise InputError(f"{name}: {error}") from None
         module.train(linear.training)
         model.set_submodule(name, module)
+
+
+def expand_linears(block: nn.Module, dtype: torch.dtype) -> None:
+    """Replace, in place, each compressed linear inside `block` by a dense one with its effective weight in `dtype`."""
+    found = {name: module for name, module in block.named_modules() if isinstance(module, CompressedLinear)}
+    for name, module in found.items():
+        if name.rpartition(".")[0] in found:
+            continue  # half of a branch
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        dense.weight = nn.Parameter(module.effective_weight(dtype), requires_grad=False)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(module.bias, requires_grad=False)
+        block.set_submodule(name, dense)
 
 
 def check_weights(model: nn.Module, where: str) -> None:

@@ -274,3 +274,12 @@ def test_bad_settings_are_one_line(settings: Any, words: str, text_file: Path) -
     with pytest.raises(InputError) as caught:
         recipe_for(text_file, settings)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("branch", [{"fraction": 0.5}, {"fraction": 0.5, "bits": 4, "group_size": 16}])
+def test_a_16_bit_run_and_its_artifact_agree_exactly(
+    branch: dict[str, Any], text_file: Path, llama: Path, tmp_path: Path
+) -> None:
+    """However many roundings the blocks add up: both multiply the same effective weights."""
+    report = compress_checkpoint(llama, recipe_for(text_file, branch), tmp_path / "out", dtype="bfloat16")
+    assert report.verification.relative_difference == 0.0

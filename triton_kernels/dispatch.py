@@ -8,8 +8,7 @@ reason, which `halfweight inspect --device` and `explain` show.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
@@ -51,17 +50,6 @@ def can_run(
         case "triton":
             return _gpu().can_run(op, shape, dtype, device, settings)
     return False, f"no kernels for {device.type} devices"
-
-
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """Within the `with`, weights that are prepared get the reference."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "reference"
-    try:
-        yield
-    finally:
-        os.environ.pop(SWITCH) if before is None else os.environ.update({SWITCH: before})
 
 
 def backend_of(device: torch.device) -> str | None:
