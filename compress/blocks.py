@@ -25,6 +25,7 @@ from ..serving.linear import CompressedWeight, check_weights
 from ..serving.load import resolve_dtype
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, is_linear, tensor_names, tied_names
 from ..serving.tables import Table
+from .attention import attend_in_bands
 
 _LOGITS = 2**21  # logits that exist at once: 8 MB of fp32, where all of a 262k vocabulary's are 1 GB per 1024 tokens
 
@@ -69,6 +70,8 @@ class BlockWalker:
         """
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.model = build_skeleton(checkpoint, dtype)
+        if device.type == "cpu":
+            attend_in_bands(self.model)
         _computed_buffers_to(self.model, device)
         self.prefix, self.blocks = find_blocks(self.model)
         self.n_blocks = len(self.blocks)

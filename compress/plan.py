@@ -203,7 +203,7 @@ def _seconds(
         stage, k = stages[first], shapes[first][1]
         if needs_of(stage) == "hessian":
             operations += tokens * k * k * 1.3
-            rounds = sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents")) or 1
+            rounds = 1 + sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents"))
             rounds *= 1 if stage.low_rank is None else 2  # it is solved twice
             solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
     speeds = [_matmul_speed(walker.device, dtype) * _MATMUL_SHARE for dtype in (walker.dtype, torch.float32)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from halfweight.compress.passes import ADMMConfig
-from halfweight.compress.passes.admm.solver import conjugate_gradient, gradual_mask
+from halfweight.compress.passes.admm.solver import gradual_mask
+from halfweight.compress.passes.least_squares import conjugate_gradient
 from halfweight.compress.passes.masks import pattern_mask
 from problems import (
     PATTERNS,

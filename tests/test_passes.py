@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from problems import (
     ROWS,
     SIZE,
     configure,
+    least_squares,
     output_error,
     problem,
     solve,
@@ -52,15 +54,24 @@ def naive_keep(score: list[list[float]], config: PruningConfig) -> list[list[boo
 
 
 def naive_obs(weight: Tensor, hessian: Tensor, config: SparseGPTConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Optimal brain surgeon in float64, one column at a time, inverting the Hessian of the columns left each time."""
-    w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
-    rows, size = w.shape
+    """Optimal brain surgeon in float64, one column at a time, inverting the Hessian of the columns left each time.
+
+    N:M groups go by falling mean of their inputs' squares.
+    """
+    rows, size = weight.shape
+    m = config.nm[1] if config.nm is not None else size
+    diagonal = hessian.diagonal().tolist()
+    groups = sorted(
+        (list(range(i, i + m)) for i in range(0, size, m)), key=lambda group: -sum(diagonal[j] for j in group)
+    )
+    order = [j for group in groups for j in group]
+    back = np.argsort(order)
+    w, h = weight.double().numpy()[:, order], hessian.double().numpy()[np.ix_(order, order)]
     h += config.damping * np.trace(h) / size * np.eye(size)
     inverses = [np.linalg.inv(h[i:, i:]) for i in range(size)]
     keep = np.ones_like(w, dtype=bool)
     for i in range(size):
-        if config.nm is not None and i % config.nm[1] == 0:
-            m = config.nm[1]
+        if config.nm is not None and i % m == 0:
             for row in range(rows):
                 cost = [w[row, j] ** 2 / inverses[j][0, 0] for j in range(i, i + m)]
                 keep[row, i : i + m] = naive_keep([cost], config)[0]
@@ -77,7 +88,7 @@ def naive_obs(weight: Tensor, hessian: Tensor, config: SparseGPTConfig) -> tuple
             if not keep[row, i]:
                 w[row, i:] -= w[row, i] / inverses[i][0, 0] * inverses[i][0]
                 w[row, i] = 0
-    return w, keep
+    return w[:, back], keep[:, back]
 
 
 # --- masks -----------------------------------------------------------------------------------------------------
@@ -304,7 +315,7 @@ def test_wanda_needs_only_norms() -> None:
 )
 def test_sparsegpt_equals_textbook_obs(settings: dict[str, Any], seed: int) -> None:
     weight, x = problem(seed)
-    config = SparseGPTConfig(**settings)
+    config = SparseGPTConfig(**settings, refine=0)
     statistics = statistics_of(x)
     result = PASSES["sparsegpt"].solve(weight, statistics, config)
     expected, keep = naive_obs(weight, statistics.hessian, config)
@@ -328,11 +339,31 @@ def test_sparsegpt_nm_does_not_depend_on_the_block_size(pattern: str) -> None:
 def test_sparsegpt_reports_the_objective_it_reached(block_size: int) -> None:
     weight, x = problem(11)
     statistics = statistics_of(x)
-    result = solve("sparsegpt", weight, statistics, block_size=block_size)
+    result = solve("sparsegpt", weight, statistics, block_size=block_size, refine=0)
     hessian = statistics.hessian.double()
     hessian += result.stats["damping"] * hessian.diagonal().mean() * torch.eye(SIZE)
     change = (result.weight - weight).double()
     assert result.stats["obs_loss"] == pytest.approx(float((change @ hessian * change).sum()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sparsegpt_refines_towards_the_least_squares_of_its_mask(pattern: str) -> None:
+    weight, x = problem(15)
+    statistics = statistics_of(x)
+    results = [
+        solve("sparsegpt", weight, statistics, **PATTERNS[pattern], refine=steps) for steps in (0, 1, 3, 10, 300)
+    ]
+    hessian = statistics.hessian.double()
+    hessian += results[0].stats["damping"] * hessian.diagonal().mean() * torch.eye(SIZE)
+    losses = []
+    for result in results:
+        assert torch.equal(result.mask, results[0].mask)
+        change = (result.weight - weight).double()
+        losses.append(float((change @ hessian * change).sum()))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
+    assert losses[-1] < losses[0]
+    expected = least_squares(weight, hessian, results[0].mask)
+    torch.testing.assert_close(results[-1].weight.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sparsegpt_on_uncorrelated_inputs_changes_no_weight_it_keeps() -> None:

@@ -37,7 +37,7 @@ class Swept(NamedTuple):
     grid: Grid
 
 
-def group_order(importance: Tensor, group_size: int, sort: bool, inside: bool) -> tuple[Tensor, list[Span]]:
+def group_order(importance: Tensor, group_size: int, sort: bool, inside: bool = False) -> tuple[Tensor, list[Span]]:
     """Column order int64 `[K]` of a sweep, and its spans.
 
     With `sort` the groups with the largest mean `importance` `[K]` come first, and with `inside` so do the largest

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...statistics import InputStatistics
 from ..base import PruneResult
 from ..hessian import damped_cholesky, revive_dead_inputs
+from ..least_squares import conjugate_gradient
 from ..masks import pattern_mask
 from .config import ADMMConfig, ADMMSettings
 
@@ -88,26 +89,3 @@ def tighten(score: Tensor, pattern: Tensor, settings: ADMMSettings, step: int) -
     rest = score[~pattern]
     # What the pattern keeps is safe; the others compete across the whole layer.
     return pattern | (score >= rest.kthvalue(len(rest) - extra + 1).values)
-
-
-def conjugate_gradient(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Minimise tr((V - target) hessian (V - target)^T) over V supported on `mask`, from `start`; rows are independent.
-
-    `start`, `target`, `mask` are `[N, K]`, `hessian` `[K, K]` has a near-unit diagonal, so no preconditioner is needed.
-    """
-    solution = start.clone()
-    residual = ((target - solution) @ hessian).mul_(mask)
-    direction = residual.clone()
-    power = residual.square().sum(1, keepdim=True)
-    # A row this close is solved; going on would divide one rounding error by another.
-    done = power * torch.finfo(power.dtype).eps ** 2
-    for _ in range(steps):
-        product = (direction @ hessian).mul_(mask)
-        curvature = (direction * product).sum(1, keepdim=True)
-        step = torch.where(power > done, power / curvature, 0.0)
-        solution.addcmul_(step, direction)
-        residual.addcmul_(step, product, value=-1)
-        fresh = residual.square().sum(1, keepdim=True)
-        direction.mul_(fresh / power).add_(residual).masked_fill_(power <= done, 0.0)
-        power = torch.where(power > done, fresh, 0.0)
-    return solution

@@ -11,12 +11,14 @@ class SparseGPTConfig(PruningConfig):
     """One sweep over column blocks: prune by optimal-brain-surgeon score, feed the error into the columns ahead.
 
     `block_size` columns are swept before their error reaches the rest in one matmul; `damping` is the fraction of the
-    Hessian's mean diagonal added to its diagonal.
+    Hessian's mean diagonal added to its diagonal; `refine` conjugate-gradient steps towards the least squares on the
+    mask follow.
     """
 
     pass_: Literal["sparsegpt"] = Field(default="sparsegpt", alias="pass")
     block_size: int = Field(default=128, ge=1)
     damping: float = Field(default=0.01, gt=0, lt=1)
+    refine: int = Field(default=6, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "SparseGPTConfig":

@@ -1,7 +1,11 @@
-"""SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
+"""SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1), with an order and a finish.
 
-Columns are visited left to right. With U the upper Cholesky factor of the inverse Hessian, pruning weight w in column i
+Columns are visited one by one. With U the upper Cholesky factor of the inverse Hessian, pruning weight w in column i
 costs (w / U_ii)^2 and its error w / U_ii, spread over the columns ahead along U's row i, is the optimal correction.
+
+The paper goes left to right; here N:M groups with the largest inputs go first, while most columns can still make up for
+them (as GPTQ's activation order). And a column the sweep has passed never learns of what is pruned after it, so in the
+end conjugate gradients move all kept weights towards the least squares of their mask.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from torch import Tensor
 from ...statistics import InputStatistics
 from ..base import PruneResult
 from ..hessian import inverse_upper_factor, revive_dead_inputs
+from ..least_squares import refit
 from ..masks import nm_mask, top_mask
+from ..sweep import group_order
 from .config import SparseGPTConfig
 
 
@@ -22,12 +28,28 @@ def solve(weight: Tensor, statistics: InputStatistics, config: SparseGPTConfig) 
     Raises HessianError when no damping makes the Hessian positive definite.
     """
     weight, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
+    # An unstructured mask is chosen block by block with one density for all, so a block should not hold like columns.
+    order, _ = group_order(hessian.diagonal(), config.nm[1] if config.nm else 1, sort=config.nm is not None)
+    hessian = hessian[order[:, None], order]
     upper, damping = inverse_upper_factor(hessian, config.damping)
     del hessian
-    scale = upper.diagonal()
-    # Columns are rows here, so that each step of the sweep works on contiguous memory.
-    columns = weight.T.contiguous()
-    size = len(columns)
+    columns, kept, loss = _sweep(weight.T[order], upper, config)
+    del upper
+    back = order.argsort()
+    mask = kept[back].T.contiguous()
+    pruned = columns[back].T.masked_fill(~mask, 0.0)
+    if config.refine:
+        _, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
+        pruned = refit(pruned, weight, hessian, mask, damping, config.refine)
+    return PruneResult(pruned, mask, {"damping": damping, "obs_loss": loss})
+
+
+def _sweep(columns: Tensor, upper: Tensor, config: SparseGPTConfig) -> tuple[Tensor, Tensor, float]:
+    """Pruned `columns` and bool mask `[K, N]`, and the loss, from weights `[K, N]` and `upper` `[K, K]` in one order.
+
+    Columns are rows here, so that each step works on contiguous memory; `columns` is changed in place.
+    """
+    scale, size = upper.diagonal(), len(columns)
     kept = torch.ones_like(columns, dtype=torch.bool)
     loss = 0.0
     for start in range(0, size, config.block_size):
@@ -49,8 +71,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: SparseGPTConfig) 
         columns[start:stop] = block
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += float(errors.square().sum()) / 2
-    mask = kept.T.contiguous()
-    return PruneResult(columns.T.masked_fill(~mask, 0.0), mask, {"damping": damping, "obs_loss": loss})
+    return columns, kept, loss
 
 
 def _unstructured(score: Tensor, config: SparseGPTConfig, start: int, stop: int, size: int) -> Tensor:
