@@ -25,7 +25,7 @@ def banded_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     mask = attention_mask
-    if mask is None or mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or query.shape[2] <= _CHUNK:
+    if mask is None or mask.is_meta or mask.dtype != torch.bool or mask.shape[:2] != (1, 1):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     parts = []
     for start in range(0, query.shape[2], _CHUNK):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import halfweight
 from halfweight.compress.attention import banded_attention
 from halfweight.compress.blocks import BlockWalker
 from halfweight.serving.checkpoint import Checkpoint
@@ -57,3 +58,16 @@ def test_keys_out_of_sight_are_not_read() -> None:
 def test_walkers_attend_in_bands(architecture: str, make_model: Callable[..., Path]) -> None:
     walker = BlockWalker(Checkpoint(make_model(architecture)), torch.device("cpu"), torch.float32)
     assert walker.model.config._attn_implementation == "halfweight_banded"
+
+
+def test_a_walk_over_long_sliding_windows_equals_the_plain_forward_pass(make_model: Callable[..., Path]) -> None:
+    folder = make_model("gemma3_text", max_position_embeddings=T)
+    window = torch.arange(3, 3 + T) % 60
+    walker = BlockWalker(Checkpoint(folder), torch.device("cpu"), torch.float32)
+    hidden = walker.embed([window])
+    for index in range(walker.n_blocks):
+        with walker.block(index) as block:
+            hidden = [walker.run(index, block, x) for x in hidden]
+    logits = halfweight.load(folder, dtype="float32")(window[None]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+    torch.testing.assert_close(walker.losses(hidden, [window])[0], expected, rtol=1e-5, atol=1e-5)

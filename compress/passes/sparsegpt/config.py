@@ -18,7 +18,7 @@ class SparseGPTConfig(PruningConfig):
     pass_: Literal["sparsegpt"] = Field(default="sparsegpt", alias="pass")
     block_size: int = Field(default=128, ge=1)
     damping: float = Field(default=0.01, gt=0, lt=1)
-    refine: int = Field(default=6, ge=0, le=1000)
+    refine: int = Field(default=4, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "SparseGPTConfig":

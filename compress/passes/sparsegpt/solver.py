@@ -38,6 +38,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: SparseGPTConfig) 
     back = order.argsort()
     mask = kept[back].T.contiguous()
     pruned = columns[back].T.masked_fill(~mask, 0.0)
+    del columns, kept
     if config.refine:
         _, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
         pruned = refit(pruned, weight, hessian, mask, damping, config.refine)
