@@ -48,9 +48,11 @@ def compress(
         halfweight compress ./my-llama --recipe 2of4-sparsegpt --out my-2of4 --calibration text.jsonl --samples 64
     """
     from ..compress.driver import compress_checkpoint
+    from ..compress.memory import return_large_buffers
     from ..compress.recipe import Recipe
 
     loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
+    return_large_buffers()
     with progress_bars() as progress:
         report = compress_checkpoint(
             model,

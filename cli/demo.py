@@ -44,6 +44,7 @@ def demo(
         halfweight demo --recipe 2of4-wanda --samples 8 --json demo.json
     """
     from ..compress.driver import compress_checkpoint
+    from ..compress.memory import return_large_buffers
     from ..compress.recipe import Recipe
     from ..compress.report import Progress
     from ..eval.perplexity import evaluate
@@ -52,6 +53,7 @@ def demo(
 
     source = resolve_model("demo", report=say)
     loaded = Recipe.load(recipe).with_calibration(samples=samples, seqlen=seqlen)
+    return_large_buffers()
     with progress_bars() as progress:
         report = compress_checkpoint(
             "demo", loaded, output, device=device, dtype=dtype, overwrite=True, progress=progress

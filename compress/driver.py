@@ -259,6 +259,7 @@ class _Run:
                     done = f"{name.removeprefix(prefix + '.')} {describe_errors(layer)}"
                     self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
                 del statistics
+                release_memory()  # and the other way round
             # Nobody calibrates on the last block's outputs.
             unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
             for forward, x in [*unfinished, *zip(dev, self.dev, strict=True)]:

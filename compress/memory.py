@@ -22,6 +22,14 @@ def peak_rss_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def return_large_buffers() -> None:
+    """Let freed buffers of 8 MB and more go back to the system at once, instead of leaving holes in glibc's heap."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD, which otherwise grows with what is freed
+
+
 def release_memory() -> None:
     """Return freed heap to the system. glibc keeps it otherwise, and block after block the process would grow."""
     if sys.platform == "linux":

@@ -53,6 +53,7 @@ COUNTERPART = {
     "w4-g64": "w4-g64",
     "w4-g64-sym": "w4-g64",
     "2of4-w4": "2of4-w4",
+    "2of4-w4-lowrank": "2of4-w4",
     "gqsa-w4s20": "sparsegpt",
     "gqsa-w4s30": "sparsegpt",
     "gqsa-w4s50": "sparsegpt",

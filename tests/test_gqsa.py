@@ -166,7 +166,11 @@ def test_one_joint_sweep_beats_pruning_then_rounding(pattern: str) -> None:
     errors: dict[str, list[float]] = {"joint": [], "admm": [], "apart": []}
     for seed in range(5):
         weight, x = problem(seed, tokens=512, size=64, rows=32)
-        settings = {"pattern": "2:4", "group_size": 8} if pattern == "2:4" else {"pattern": "1x8", "density": 0.75}
+        settings = (
+            {"pattern": "2:4", "group_size": 8, "block_size": 8}
+            if pattern == "2:4"
+            else {"pattern": "1x8", "density": 0.75}
+        )
         power = output_error(x, weight, torch.zeros_like(weight))
         joint = solve(weight, x, mask="obs", damping=0.01, **settings)
         strong = solve(weight, x, damping=0.01, **settings)

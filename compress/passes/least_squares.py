@@ -15,27 +15,32 @@ def refit(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, damping:
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     norm = hessian.diagonal().sqrt()  # in coordinates where the diagonal is one, few steps are enough
     hessian.div_(norm).div_(norm[:, None])
-    return conjugate_gradient(start * norm, target * norm, hessian, mask, steps).div_(norm).masked_fill_(~mask, 0.0)
+    residual = ((target - start).mul_(norm) @ hessian).mul_(mask)
+    return conjugate_gradient(residual, hessian, mask, steps).div_(norm).add_(start).masked_fill_(~mask, 0.0)
 
 
-def conjugate_gradient(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Minimise tr((V - target) hessian (V - target)^T) over V supported on `mask`, from `start`; rows are independent.
+def conjugate_gradient(residual: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """D `[N, K]`, zero off `mask`, with D hessian close to `residual` on it; rows are independent.
 
-    `start`, `target`, `mask` are `[N, K]`, `hessian` `[K, K]` has a near-unit diagonal, so no preconditioner is needed.
+    `residual` `[N, K]` is zero off `mask` and overwritten; `hessian` `[K, K]` has a near-unit diagonal, so no
+    preconditioner is needed. Memory is three more arrays like `residual`.
     """
-    solution = start.clone()
-    residual = ((target - solution) @ hessian).mul_(mask)
+    solution = torch.zeros_like(residual)
     direction = residual.clone()
-    power = residual.square().sum(1, keepdim=True)
+    power = _row_products(residual, residual)
     # A row this close is solved; going on would divide one rounding error by another.
     done = power * torch.finfo(power.dtype).eps ** 2
     for _ in range(steps):
         product = (direction @ hessian).mul_(mask)
-        curvature = (direction * product).sum(1, keepdim=True)
-        step = torch.where(power > done, power / curvature, 0.0)
+        step = torch.where(power > done, power / _row_products(direction, product), 0.0)
         solution.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
-        fresh = residual.square().sum(1, keepdim=True)
+        fresh = _row_products(residual, residual)
         direction.mul_(fresh / power).add_(residual).masked_fill_(power <= done, 0.0)
         power = torch.where(power > done, fresh, 0.0)
     return solution
+
+
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products `[N, 1]` of the rows of `a` and `b` `[N, K]`."""
+    return torch.linalg.vecdot(a, b)[:, None]

@@ -60,7 +60,9 @@ def least_squares(
         dual = proposal - sparse
         solution = sparse.sub_(dual).mul_(settings.penalty).add_(pull) @ inverse
     del inverse, pull, proposal, sparse, dual  # the rest holds as many matrices again
-    refined = conjugate_gradient(solution.mul_(mask), target, hessian, mask, settings.refine)
+    solution.mul_(mask)
+    residual = ((target - solution) @ hessian).mul_(mask)
+    refined = conjugate_gradient(residual, hessian, mask, settings.refine).add_(solution)
     return refined.div_(norm).masked_fill_(~mask, 0.0), mask, settings.damping + damping
 
 
