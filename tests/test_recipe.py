@@ -124,6 +124,7 @@ def test_written_recipes_spell_out_defaults() -> None:
         "pass": "sparsegpt",
         "block_size": 128,
         "damping": 0.01,
+        "refine": 4,
     }
 
 
