@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Sequence
@@ -91,7 +90,6 @@ def compress_checkpoint(
         tokenizer = load_tokenizer(source.path)
         windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
     del tokenizer
-    gc.collect()  # tokenizers hold themselves in cycles
     release_memory()
     settings = (recipe.to_yaml(), str(walker.dtype), where.type)
     identity = fingerprint(checkpoint, [*windows.calibration, *windows.dev], *settings)

@@ -27,6 +27,15 @@ MASKS = {
 }
 
 
+class Attention(nn.Module):
+    """What transformers' attention functions read from the module that calls them."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+        self.is_causal = True
+
+
 @pytest.mark.parametrize("name", [*MASKS, "float", "none", "per head"])
 def test_bands_equal_the_whole_square(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -37,9 +46,7 @@ def test_bands_equal_the_whole_square(name: str) -> None:
         mask = torch.randn(1, 1, T, T, generator=generator)
     elif name == "per head":
         mask = CAUSAL.expand(1, 4, T, T)
-    module = nn.Module()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
-    module.is_causal = True  # type: ignore[assignment]
+    module = Attention(groups=2)
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.2)
     found, _ = banded_attention(module, query, key, value, mask, scaling=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -48,9 +55,7 @@ def test_bands_equal_the_whole_square(name: str) -> None:
 def test_keys_out_of_sight_are_not_read() -> None:
     key = torch.randn(1, 1, T, 8)
     key[:, :, :80] = torch.nan  # the last chunk, of queries 256 to 299, sees none of these
-    module = nn.Module()
-    module.is_causal = True  # type: ignore[assignment]
-    found, _ = banded_attention(module, torch.randn(1, 1, T, 8), key, key, MASKS["window"][None, None])
+    found, _ = banded_attention(Attention(groups=1), torch.randn(1, 1, T, 8), key, key, MASKS["window"][None, None])
     assert torch.isfinite(found[:, 256:]).all()
 
 
