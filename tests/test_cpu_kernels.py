@@ -54,7 +54,14 @@ def test_every_number_of_tokens(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_activations(name: str, dtype: torch.dtype) -> None:
-    check(CASES[name](), (2, 9), dtype)
+    check(CASES[name](), (2, 9, 70), dtype)
+
+
+@pytest.mark.parametrize("name", ["two_four", "int4", "groups"])
+def test_passes_of_the_kernel_are_one_after_the_other(name: str) -> None:
+    case = CASES[name]()
+    x = torch.randn(13, case.k, generator=seeded())
+    assert torch.equal(case.run(x, None), torch.cat([case.run(x[:8], None), case.run(x[8:], None)]))
 
 
 @pytest.mark.parametrize("name", ["two_four", "groups", "select"])

@@ -1,4 +1,4 @@
-"""Calls of the K-major kernels: a few tokens through the fused kernel, more through dense blocks of rows."""
+"""Calls of the K-major kernels: some tokens through the fused kernel, many through dense blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from . import jit
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MAX_TOKENS = 8
-BLOCK_BYTES = 16 << 20
+MAX_TOKENS = 8  # of one call of a kernel
+BLOCK_BYTES = 4 << 20
 
 
 class Rows(NamedTuple):
@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 def linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
     """`x` `[..., k]` (fp32, bf16 or fp16) -> `[..., n]` in x's dtype, summed in fp32; `bias` `[n]` or None.
 
-    Up to 8 tokens the result of one depends on it alone, bit for bit: not on the others, nor on the number of threads.
+    Up to `fused_tokens` the result of one token depends on it alone, bit for bit: not on the others, nor on the number
+    of threads. Beyond that, weights are rounded to bf16 when x is.
     """
     # Called for every linear of every token: no tensor operation that is not needed.
     if x.shape[-1] != rows.k or x.dtype not in DTYPES:
@@ -46,15 +47,31 @@ def linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    if tokens > MAX_TOKENS:
+    if tokens > MAX_TOKENS and tokens > fused_tokens(rows):
         return _dense_linear(rows, x.reshape(tokens, rows.k), bias).view(*x.shape[:-1], rows.n)
     y = x.new_empty((*x.shape[:-1], rows.n))
-    if tokens and rows.n:
-        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, tokens)
-        sizes = (tokens, rows.n, rows.k, rows.span, rows.stride, rows.padded)
-        where = 0 if bias is None else bias.data_ptr()
-        jit.run(kernel, main_bytes(rows), x.data_ptr(), y.data_ptr(), where, DTYPES[x.dtype], *sizes, *_addresses(rows))
+    if rows.n == 0:
+        return y
+    where, size = 0 if bias is None else bias.data_ptr(), x.element_size()
+    for first in range(0, tokens, MAX_TOKENS):
+        count = min(tokens - first, MAX_TOKENS)
+        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, count)
+        source, target = x.data_ptr() + first * rows.k * size, y.data_ptr() + first * rows.n * size
+        sizes = (count, rows.n, rows.k, rows.span, rows.stride, rows.padded)
+        jit.run(kernel, main_bytes(rows), source, target, where, DTYPES[x.dtype], *sizes, *_addresses(rows))
     return y
+
+
+def fused_tokens(rows: Rows) -> int:
+    """Tokens up to which passes of the kernel, 8 at a time, take less time than expanding the weight for one matmul.
+
+    A pass costs in proportion to the kept weights, expanding to all of them: at 4096x4096 int4 and 2:4 break even at
+    about 16 tokens, groups of which half are kept at 32 to 48 (scripts/bench_cpu.py --tokens).
+    """
+    if rows.decoder != "groups":
+        return 2 * MAX_TOKENS
+    kept = 2 * main_bytes(rows) / max(1, rows.n * rows.k)
+    return MAX_TOKENS * min(8, round(2 / max(kept, 0.25)))
 
 
 def dense_rows(rows: Rows, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,8 +96,8 @@ def weight_bytes(rows: Rows) -> int:
 
 
 def _dense_linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The dense matmul, a block of rows at a time; in fp32 unless x's dtype holds the weights exactly."""
-    dtype = x.dtype if rows.exact == x.dtype else torch.float32
+    """The dense matmul, a block of rows at a time; in fp32 unless x is bf16 or its dtype holds the weights exactly."""
+    dtype = x.dtype if x.dtype in (rows.exact, torch.bfloat16) else torch.float32
     wide, y = x.to(dtype), x.new_empty(len(x), rows.n)
     step = max(1, BLOCK_BYTES // (dtype.itemsize * max(1, rows.k)))
     for start in range(0, rows.n, step):
