@@ -32,6 +32,7 @@ def compress(
     samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = None,
+    embeddings: options.EmbeddingBits = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty DIR when done.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard unfinished work in DIR.partial.")] = False,
     json: options.Json = None,
@@ -46,12 +47,15 @@ def compress(
         halfweight compress demo --recipe 2of4-admm --out smollm2-2of4
 
         halfweight compress ./my-llama --recipe 2of4-sparsegpt --out my-2of4 --calibration text.jsonl --samples 64
+
+        halfweight compress demo --recipe gqsa-w4s50 --embeddings 8 --out smollm2-w4s50
     """
     from ..compress.driver import compress_checkpoint
     from ..compress.memory import return_large_buffers
     from ..compress.recipe import Recipe
 
     loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
+    loaded = loaded.with_embeddings(embeddings)
     return_large_buffers()
     with progress_bars() as progress:
         report = compress_checkpoint(

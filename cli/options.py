@@ -21,6 +21,10 @@ def _writable(file: Path | None) -> Path | None:
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or [bold]demo[/].")]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name or a YAML file.")]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option("--embeddings", metavar="BITS", help="Also round the embedding and the head: 8 or 4 bits."),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", callback=_writable, help="Also write the result as JSON.")
 ]

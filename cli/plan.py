@@ -9,6 +9,7 @@ from .output import human_seconds, out, table, write_json
 def plan(
     model: options.Model,
     recipe: options.RecipeName = "2of4-admm",
+    embeddings: options.EmbeddingBits = None,
     json: options.Json = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -23,8 +24,10 @@ def plan(
         halfweight plan ./my-llama --recipe my-recipe.yaml --json plan.json
     """
     from ..compress.plan import plan as make_plan
+    from ..compress.recipe import Recipe
 
-    result = make_plan(model, recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = Recipe.load(recipe).with_embeddings(embeddings)
+    result = make_plan(model, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     write_json(json, result)
     rows = table(f"{result.model} by {result.recipe}", "linear", "method", "pattern", "N x K", "bits", "->", left=3)
     for layer in result.layers:

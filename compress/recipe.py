@@ -120,6 +120,17 @@ class Recipe(BaseModel):
             raise InputError(f"calibration.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
         return self.model_copy(update={"calibration": calibration})
 
+    def with_embeddings(self, bits: int | None) -> Recipe:
+        """A copy that also rounds the embedding and the head to `bits`, where that is not None; raises InputError."""
+        if bits is None:
+            return self
+        settings = {} if self.embeddings is None else self.embeddings.model_dump()
+        try:
+            embeddings = Embeddings.model_validate({**settings, "bits": bits})
+        except ValidationError as error:
+            raise InputError(f"embeddings.bits: {error.errors()[0]['msg']}, got {bits}") from None
+        return self.model_copy(update={"embeddings": embeddings})
+
     def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
         """Which stage applies to which linear of a model with `shapes` (name -> `(N, K)`).
 

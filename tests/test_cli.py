@@ -61,11 +61,13 @@ def test_flags_override_the_recipe(
 ) -> None:
     text = tmp_path / "other.txt"
     shutil.copy(text_file, text)
-    flags = ["--calibration", text, "--samples", 3, "--seqlen", 16, "--seed", 5]
+    flags = ["--calibration", text, "--samples", 3, "--seqlen", 16, "--seed", 5, "--embeddings", 4]
     ok(cli("compress", llama, "--recipe", recipe, "--out", tmp_path / "out", *flags, "--json", tmp_path / "c.json"))
     ran = halfweight.Recipe.load(tmp_path / "out" / "recipe.yaml")
     assert ran.calibration.model_dump() == {"data": str(text), "samples": 3, "seqlen": 16, "seed": 5}
     assert ran.stages == halfweight.Recipe.load(recipe).stages
+    assert ran.embeddings is not None
+    assert ran.embeddings.bits == 4
     report = read(tmp_path / "c.json")
     assert (report["calibration_tokens"], report["seed"], report["calibration_data"]) == (48, 5, str(text))
     assert weights(tmp_path / "out") != weights(compressed)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from halfweight import InputError, Recipe
-from halfweight.compress.recipe import Calibration, named_recipes
+from halfweight.compress.recipe import Calibration, Embeddings, named_recipes
 
 MLP = {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
 ATTENTION = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
@@ -434,6 +434,18 @@ def test_flags_override_only_what_they_give(changes: dict[str, Any]) -> None:
     assert changed.calibration == Calibration(**{"data": "a.txt", "samples": 7, "seqlen": 99, "seed": 3, **given})
     assert changed.model_copy(update={"calibration": recipe.calibration}) == recipe
     assert recipe.calibration.samples == 7
+
+
+def test_the_embeddings_flag_changes_only_their_bits() -> None:
+    plain = stages({"pass": "wanda"})
+    assert plain.with_embeddings(None) == plain
+    rounded = plain.with_embeddings(8)
+    assert rounded.embeddings == Embeddings(bits=8)
+    settings = rounded.model_copy(update={"embeddings": Embeddings(bits=8, group_size=32)}).with_embeddings(4)
+    assert settings.embeddings == Embeddings(bits=4, group_size=32)
+    with pytest.raises(InputError) as error:
+        plain.with_embeddings(5)
+    assert "embeddings.bits" in one_line(error.value)
 
 
 @pytest.mark.parametrize("changes", [{"samples": 0}, {"seqlen": 1}, {"seed": -1}, {"sample": 3}])
