@@ -91,6 +91,32 @@ def test_counts_are_exact_zeros_are_zero_and_the_result_is_what_is_stored(
     assert torch.equal(dense_weight(scheme, packed, shape, torch.float32), result.weight)
 
 
+@pytest.mark.parametrize("mask", ["admm", "obs"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rows", [64, 52])
+def test_groups_of_outputs_are_kept_whole_and_alike_for_every_input(rows: int, symmetric: bool, mask: str) -> None:
+    weight, x = problem(1, size=40, rows=rows)
+    shape = (rows, 40)
+    config = configure(shape, pattern="8x1", density=0.5, mask=mask, symmetric=symmetric)
+    result = PASSES["gqsa"].solve(weight, statistics_of(x), config)
+    whole = torch.nn.functional.pad(result.mask.T, (0, -rows % 8)).unflatten(1, (-1, 8))
+    assert (whole.any(-1).sum(1) == round(0.5 * -(-rows // 8))).all()
+    assert (whole[:, : rows // 8].all(-1) == whole[:, : rows // 8].any(-1)).all()
+    assert (result.weight[~result.mask] == 0).all()
+    scheme = config.scheme(shape)
+    packed = pack_weight(result.weight, scheme, result.quantized, result.mask)
+    assert torch.equal(dense_weight(scheme, packed, shape, torch.float32), result.weight)
+
+
+def test_a_column_keeps_its_largest_groups_of_outputs() -> None:
+    """Against brute force, column by column, as the sweep sees the first of them."""
+    weight, x = problem(2, size=24, rows=32)
+    result = solve(weight, x, pattern="8x1", density=0.5, mask="obs", activation_order=False)
+    norms = weight[:, 0].unflatten(0, (4, 8)).square().sum(1)
+    kept = result.mask[:, 0].unflatten(0, (4, 8)).any(1)
+    assert sorted(norms.topk(2).indices.tolist()) == kept.nonzero()[:, 0].tolist()
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_rows_are_solved_alone(mask: str) -> None:
     weight, x = problem(3, size=SIZE)
@@ -211,6 +237,12 @@ def test_reported_errors_are_those_of_the_calibration_inputs() -> None:
         ({"pattern": "1x8", "density": 0.5, "scope": "layer"}, "use balance"),
         ({"pattern": "4:8", "group_size": 12}, "not a multiple"),
         ({"pattern": "1x64", "density": 0.5, "block_size": 32}, "block_size"),
+        ({"pattern": "16x1", "density": 0.5, "along": "inputs"}, "fixes along"),
+        ({"pattern": "1x16", "density": 0.5, "along": "outputs"}, "fixes along"),
+        ({"pattern": "2:4", "along": "outputs"}, "fixes along"),
+        ({"pattern": "16x1", "density": 0.5, "balance": "layer"}, "neither balance"),
+        ({"pattern": "16x1", "density": 0.5, "segments": 2}, "nor segments"),
+        ({"pattern": "12x1", "density": 0.5}, "groups have 8, 16, 32, 64 outputs"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -251,6 +283,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "2:4": {"pass": "gqsa", "pattern": "2:4", "group_size": 16},
     "groups": {"pass": "gqsa", "pattern": "1x8", "density": 0.5},
     "by layer": {"pass": "gqsa", "pattern": "1x8", "density": 0.4, "balance": "layer", "mask": "obs"},
+    "along outputs": {"pass": "gptq", "group_size": 16, "along": "outputs"},
+    "int8 along outputs": {"pass": "rtn", "bits": 8, "group_size": 32, "along": "outputs"},
+    "groups of outputs": {"pass": "gqsa", "pattern": "8x1", "density": 0.5},
 }
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from halfweight.compress.passes import PASSES, PruneResult
 from halfweight.compress.passes.descent import descend
 from halfweight.compress.passes.hessian import HessianError, inverse_upper_factor
-from halfweight.compress.passes.quantization import CodeRange, Grid, find_grids, grid_values, quantize, round_to_grid
+from halfweight.compress.passes.quantization import (
+    CodeRange,
+    Grid,
+    find_grids,
+    grid_values,
+    quantize,
+    round_to_grid,
+    spread_grid,
+)
 from halfweight.compress.passes.sweep import Span, blocks_of, group_order, sweep
 from halfweight.compress.statistics import InputStatistics
 from halfweight.serving.storage import dense_weight, pack_weight
@@ -187,6 +195,51 @@ def textbook_gptq(weight: Tensor, hessian: Tensor, codes: CodeRange, group: int,
     return w
 
 
+def gptq_along_outputs(
+    weight: Tensor, hessian: Tensor, codes: CodeRange, group: int, damping: float, block: int
+) -> np.ndarray:
+    """As `textbook_gptq`, with groups of rows, whose grids are found for `block` columns at a time."""
+    w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    rows, size = w.shape
+    h += damping * np.trace(h) / size * np.eye(size)
+    grids: dict[tuple[int, int], Grid] = {}
+    for i in range(size):
+        if i % block == 0:
+            for column in range(i, min(i + block, size)):
+                for first in range(0, rows, group):
+                    part = torch.from_numpy(w[first : first + group, column]).float()
+                    grids[first, column] = find_grids(part, None, codes, 1)
+        value = w[:, i].copy()
+        for first in range(0, rows, group):
+            scale, zero = (float(number) for number in grids[first, i])
+            part = value[first : first + group]
+            value[first : first + group] = (
+                np.clip(np.round(part / scale + zero), codes.low, codes.high) - zero
+            ) * scale
+        inverse = np.linalg.inv(h[i:, i:])
+        error = (w[:, i] - value) / inverse[0, 0]
+        w[:, i:] -= error[:, None] * inverse[0]
+        w[:, i] = value
+    return w
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 100])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [2, 4, 16])
+def test_the_sweep_along_outputs_is_gptq(group: int, symmetric: bool, block_size: int) -> None:
+    weight, x = problem(group, size=SIZE)
+    hessian, codes = statistics_of(x).hessian, CodeRange.of(4, symmetric)
+    order, spans = group_order(hessian.diagonal(), 1, True)
+    hessian = hessian[order][:, order]
+    upper, _ = inverse_upper_factor(hessian.clone(), 0.01)
+    swept = sweep(weight, upper, order, spans, codes=codes, candidates=1, block_size=block_size, outputs=group)
+    expected = torch.from_numpy(gptq_along_outputs(weight[:, order], hessian, codes, group, 0.01, block_size)).float()
+    same = ((swept.weight[:, order] - expected).abs() < 1e-4 * expected.abs().max()).all(1)
+    assert int(same.sum()) >= ROWS - 1
+    values = grid_values(swept.codes.T, spread_grid(swept.grid, group, ROWS))
+    assert torch.equal(values.T, swept.weight)
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 8, 13, 100])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [8, 16, 64])
@@ -224,20 +277,34 @@ def loss(weight: Tensor, hessian: Tensor, values: Tensor) -> float:
     return float(((delta @ hessian.double()) * delta).sum())
 
 
+@pytest.mark.parametrize("along_outputs", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(masked: bool, symmetric: bool) -> None:
+def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(
+    masked: bool, symmetric: bool, along_outputs: bool
+) -> None:
     weight, x = problem(3, size=SIZE)
     hessian, codes = statistics_of(x).hessian, CodeRange.of(4, symmetric)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6 if masked else None
-    start, _ = quantize(weight if mask is None else weight * mask, None, codes, 8, 1)
+    group = 4 if along_outputs else 8
+
+    def turned(matrix: Tensor) -> Tensor:
+        return matrix.T if along_outputs else matrix
+
+    start, _ = quantize(turned(weight if mask is None else weight * mask).contiguous(), None, codes, group, 1)
     zeros = torch.full_like(start.scales, 8) if start.zeros is None else start.zeros
-    spread = torch.arange(SIZE) // 8
-    rounded, grid = start.codes.float(), Grid(start.scales.float(), zeros.float())
+    rounded, grid = turned(start.codes.float()), Grid(start.scales.float(), zeros.float())
     before = torch.inf
     for rounds in (0, 1, 2, 5, 60):
-        better, moved = descend(weight, hessian, rounded, grid, mask, allowed=codes, group_size=8, rounds=rounds)
-        wide = Grid(moved.scales[:, spread], moved.zeros[:, spread])
+        better, moved = descend(
+            *(weight, hessian, rounded, grid, mask),
+            allowed=codes,
+            group_size=group,
+            rounds=rounds,
+            along_outputs=along_outputs,
+        )
+        wide = spread_grid(moved, group, ROWS if along_outputs else SIZE)
+        wide = Grid(turned(wide.scales), turned(wide.zeros))
         values = grid_values(better, wide)
         now = loss(weight, hessian, values)
         assert now <= before * (1 + 1e-5)
@@ -260,11 +327,12 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(mask
 # --- the passes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("along", ["inputs", "outputs"])
 @pytest.mark.parametrize("bits, symmetric", KINDS)
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-def test_results_are_what_is_stored(name: str, bits: int, symmetric: bool) -> None:
+def test_results_are_what_is_stored(name: str, bits: int, symmetric: bool, along: str) -> None:
     weight, x = problem(0, size=SIZE)
-    config = PASSES[name].config(bits=bits, symmetric=symmetric, group_size=16)
+    config = PASSES[name].config(bits=bits, symmetric=symmetric, group_size=16 if along == "inputs" else 4, along=along)
     before = weight.clone()
     statistics = statistics_of(x)
     result, again = (PASSES[name].solve(weight, statistics, config) for _ in range(2))
@@ -280,14 +348,15 @@ def test_results_are_what_is_stored(name: str, bits: int, symmetric: bool) -> No
     assert len(result.quantized.codes.unique()) <= 2**bits
 
 
-def test_each_part_of_gptq_pays() -> None:
+@pytest.mark.parametrize("along", ["inputs", "outputs"])
+def test_each_part_of_gptq_pays(along: str) -> None:
     problems = [problem(seed, tokens=512, size=64, rows=32) for seed in range(6)]
 
     def error(name: str, **settings: Any) -> float:
         """Mean over the problems of the relative output error."""
         errors = []
         for weight, x in problems:
-            result = solve(name, weight, statistics_of(x), group_size=16, **settings)
+            result = solve(name, weight, statistics_of(x), group_size=16, along=along, **settings)
             errors.append(output_error(x, weight, result.weight) / output_error(x, weight, torch.zeros_like(weight)))
         return float(np.mean(errors))
 

@@ -114,7 +114,21 @@ class IntegerSettings(BaseModel):
         return IntegerScheme(bits=8 if self.bits == 8 else 4, group_size=self.group_size, symmetric=self.symmetric)
 
 
-class SweepSettings(IntegerSettings):
+class WeightIntegers(IntegerSettings):
+    """Integers of a linear's weight: groups of inputs of a row, or `along` the `outputs` of an input, so that an input
+    that is not selected need not be read."""
+
+    along: Literal["inputs", "outputs"] = "inputs"
+
+    @property
+    def numbers(self) -> str:
+        return f"{super().numbers}{' along outputs' if self.along == 'outputs' else ''}"
+
+    def integers(self) -> IntegerScheme:
+        return super().integers().model_copy(update={"along": self.along})
+
+
+class SweepSettings(WeightIntegers):
     """Settings of the passes that feed rounding errors forward.
 
     The sweep visits columns in blocks of `block_size`, the largest activations first with `activation_order` (whole
@@ -181,7 +195,8 @@ class PruneResult:
     """What a solver leaves.
 
     `weight` `[N, K]` fp32, exactly zero off `mask` `[N, K]` (bool, True is kept); `stats` for the report. With
-    `quantized`, `weight` is exactly what its codes, scales and zeros stand for; `branch` stands beside it.
+    `quantized`, `weight` is exactly what its codes, scales and zeros stand for, those of W^T where groups lie along the
+    outputs; `branch` stands beside it.
     """
 
     weight: Tensor

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from .base import PruneResult, SweepSettings
 from .descent import descend
 from .hessian import inverse_upper_factor
-from .quantization import CodeRange, Grid, as_quantized, grid_values
+from .quantization import CodeRange, as_quantized, grid_values, spread_grid
 from .sweep import Choose, Span, group_order, sweep
 
 # From the factor of the inverse Hessian and the order it is in, a choice of masks for the sweep.
@@ -35,7 +34,9 @@ def sweep_and_descend(
     sweep (`error_swept`), and in the end (`error`). Raises HessianError.
     """
     allowed = CodeRange.of(settings.bits, settings.symmetric)
-    order, spans = group_order(hessian.diagonal(), settings.group_size, settings.activation_order, inside_order)
+    outputs = settings.group_size if settings.along == "outputs" else None
+    width = 1 if outputs else settings.group_size
+    order, spans = group_order(hessian.diagonal(), width, settings.activation_order, inside_order)
     upper, damping = inverse_upper_factor(hessian[order][:, order], settings.damping)
     swept = sweep(
         start,
@@ -45,6 +46,7 @@ def sweep_and_descend(
         codes=allowed,
         candidates=settings.candidates,
         block_size=settings.block_size,
+        outputs=outputs,
         choose=None if choose is None else choose(upper, order, spans),
     )
     del upper
@@ -63,10 +65,12 @@ def sweep_and_descend(
         allowed=allowed,
         group_size=settings.group_size,
         rounds=settings.descents,
+        along_outputs=bool(outputs),
     )
     hessian.diagonal().copy_(undamped)
-    spread = torch.arange(target.shape[1], device=target.device) // settings.group_size
-    weight = grid_values(codes, Grid(grid.scales[:, spread], grid.zeros[:, spread]))
+    codes = codes.T if outputs else codes
+    values = grid_values(codes, spread_grid(grid, settings.group_size, codes.shape[1]))
+    weight = values.T.contiguous() if outputs else values
     stats["error"] = relative_loss(target, weight, hessian)
     return PruneResult(weight, swept.mask, stats, as_quantized(codes, grid, allowed))
 

@@ -98,6 +98,12 @@ def split_groups(columns: Tensor, group_size: int) -> Tensor:
     return pad(columns, (0, -columns.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
 
 
+def spread_grid(grid: Grid, group_size: int, columns: int) -> Grid:
+    """The grid `[..., C]` of each of C = `columns` from grids `[..., J]` of their groups."""
+    group = torch.arange(columns, device=grid.scales.device) // group_size
+    return Grid(grid.scales[..., group], grid.zeros[..., group])
+
+
 def quantize(
     weight: Tensor, importance: Tensor | None, codes: CodeRange, group_size: int, candidates: int
 ) -> tuple[Quantized, Tensor]:
@@ -119,7 +125,7 @@ def quantize(
 
 
 def as_quantized(codes: Tensor, grid: Grid, allowed: CodeRange) -> Quantized:
-    """Codes `[N, K]` and grids `[N, J]` as the formats take them; symmetric grids have no zeros."""
+    """Codes `[R, C]` and grids `[R, J]` as the formats take them; symmetric grids have no zeros."""
     zeros = grid.zeros.to(torch.uint8) if allowed.zero is None else None
     return Quantized(codes.to(torch.uint8).contiguous(), grid.scales.half(), zeros)
 

@@ -9,12 +9,12 @@ difference to that, so one sweep feeds both errors forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .quantization import CodeRange, Grid, find_grids, grid_values, round_to_grid
+from .quantization import CodeRange, Grid, find_grids, grid_values, round_to_grid, split_groups, spread_grid
 
 # Chooses the kept columns of positions `start` to `stop` from the still free `columns[start:]` `[., N]`: a bool mask.
 Choose = Callable[[Tensor, int, int], Tensor]
@@ -29,7 +29,8 @@ class Span(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """Result in the original column order: `weight`, `codes` (fp32 whole numbers), `mask` `[N, K]`, `grid` `[N, J]`."""
+    """Result in the original column order: `weight`, `codes` (fp32 whole numbers) and `mask` `[N, K]`; `grid` `[N, J]`,
+    or `[K, J]` of groups along the outputs."""
 
     weight: Tensor
     codes: Tensor
@@ -87,34 +88,31 @@ def sweep(
     codes: CodeRange,
     candidates: int,
     block_size: int,
+    outputs: int | None = None,
     choose: Choose | None = None,
 ) -> Swept:
     """Prune (where `choose` says so) and quantize `weight` `[N, K]` fp32 with both errors fed forward.
 
     `order` and `spans` come from `group_order`; `upper` `[K, K]` is the factor of the inverse Hessian in that order.
+    With `outputs`, a group is that many outputs of one input, and every span one column.
     """
     # Columns are rows here, so that each step of the sweep works on contiguous memory.
     columns = weight.T[order].contiguous()
-    rows, scale = columns.shape[1], upper.diagonal()
+    scale = upper.diagonal()
     rounded = torch.empty_like(columns)
     kept = torch.ones_like(columns, dtype=torch.bool)
-    grids = Grid(*columns.new_empty(2, len(spans), rows).unbind(0))
-    pending = {span.start: span for span in spans}
-    grid = grids
+    grids: _Grids
+    if outputs is None:
+        grids = _InputGroups(columns.shape[1], spans, scale, codes, candidates)
+    else:
+        grids = _OutputGroups(columns.shape, outputs, codes, candidates, columns.device)
     for start, stop in blocks_of(spans, block_size):
         if choose is not None:
             kept[start:stop] = choose(columns[start:], start, stop)
         block, errors = columns[start:stop].clone(), torch.empty_like(columns[start:stop])
         for i in range(stop - start):
             position = start + i
-            if position in pending:
-                span = pending[position]
-                inside = (block if span.stop <= stop else columns[start:])[i : i + span.stop - span.start]
-                if choose is not None and span.stop <= stop:
-                    inside = inside * kept[position : span.stop]
-                weights = scale[position : span.stop].reciprocal().square()
-                grid = find_grids(inside.T, weights, codes, candidates)
-                grids.scales[span.group], grids.zeros[span.group] = grid
+            grid = grids.of_column(position, block, columns, kept, start)
             code = round_to_grid(block[i], grid, codes)
             value = grid_values(code, grid)
             if choose is not None:
@@ -128,8 +126,67 @@ def sweep(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return Swept(
-        columns[back].T.contiguous(),
-        rounded[back].T.contiguous(),
-        kept[back].T.contiguous(),
-        Grid(grids.scales.T.contiguous(), grids.zeros.T.contiguous()),
+        columns[back].T.contiguous(), rounded[back].T.contiguous(), kept[back].T.contiguous(), grids.found(back)
     )
+
+
+class _Grids(Protocol):
+    """The grids of a sweep, found on the way, when the columns already carry the corrections of those before."""
+
+    def of_column(self, position: int, block: Tensor, columns: Tensor, kept: Tensor, start: int) -> Grid:
+        """Grid `[N]` of the column at `position`, the positions being asked for in order.
+
+        `block` holds the columns from `start` on as they are now; `columns` `[K, N]` all, as they were when the block
+        began, and `kept` `[K, N]` those that stay as far as the block goes.
+        """
+
+    def found(self, back: Tensor) -> Grid:
+        """All grids in their original order, to which `back` `[K]` takes positions."""
+
+
+class _InputGroups:
+    """A grid per row for each span, found at its first column with what an error in each column will cost."""
+
+    def __init__(self, rows: int, spans: Sequence[Span], scale: Tensor, codes: CodeRange, candidates: int) -> None:
+        self.scale, self.codes, self.candidates = scale, codes, candidates
+        self.pending = {span.start: span for span in spans}
+        self.grids = Grid(*scale.new_empty(2, len(spans), rows).unbind(0))
+        self.current = self.grids
+
+    def of_column(self, position: int, block: Tensor, columns: Tensor, kept: Tensor, start: int) -> Grid:
+        span = self.pending.get(position)
+        if span is None:
+            return self.current
+        if span.stop <= start + len(block):
+            inside = block[span.start - start : span.stop - start] * kept[span.start : span.stop]
+        else:  # only the first block of a large span has begun, and nothing in it has changed
+            inside = columns[span.start : span.stop]
+        importance = self.scale[span.start : span.stop].reciprocal().square()
+        self.current = find_grids(inside.T, importance, self.codes, self.candidates)
+        self.grids.scales[span.group], self.grids.zeros[span.group] = self.current
+        return self.current
+
+    def found(self, back: Tensor) -> Grid:
+        return Grid(self.grids.scales.T.contiguous(), self.grids.zeros.T.contiguous())
+
+
+class _OutputGroups:
+    """Grids of groups of outputs for every column: found when its block begins, many at once, because one column holds
+    too few groups to be worth a search of its own."""
+
+    def __init__(self, shape: torch.Size, size: int, codes: CodeRange, candidates: int, device: torch.device) -> None:
+        self.rows, self.size, self.codes, self.candidates = shape[1], size, codes, candidates
+        self.grids = Grid(*torch.empty(2, shape[0], -(-shape[1] // size), device=device).unbind(0))
+        self.block = self.grids
+
+    def of_column(self, position: int, block: Tensor, columns: Tensor, kept: Tensor, start: int) -> Grid:
+        if position == start:
+            stop = start + len(block)
+            inside = split_groups(block * kept[start:stop], self.size)
+            grid = find_grids(inside, None, self.codes, self.candidates)
+            self.grids.scales[start:stop], self.grids.zeros[start:stop] = grid
+            self.block = spread_grid(grid, self.size, self.rows)
+        return Grid(self.block.scales[position - start], self.block.zeros[position - start])
+
+    def found(self, back: Tensor) -> Grid:
+        return Grid(self.grids.scales[back], self.grids.zeros[back])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ....serving.scheme import LinearScheme, parse_group, parse_nm
+from ....serving.scheme import LinearScheme, parse_group, parse_nm, parse_output_group
 from ....triton_kernels.formats.groups import choose_segments
 from ..admm.config import ADMMSettings
 from ..base import SweepSettings
@@ -16,19 +16,24 @@ ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "dense_4h_to_h", "fc2")
 
 
 def _packable(value: str) -> str:
-    if parse_nm(value) is None and parse_group(value) is None:
-        raise ValueError(f"unknown pattern {value!r}; use 1xG such as 1x16, or N:M such as 2:4")
+    if parse_nm(value) is None and _group_of(value) is None:
+        raise ValueError(f"unknown pattern {value!r}; use 1xG such as 1x16, Gx1 such as 16x1, or N:M such as 2:4")
     return value
 
 
+def _group_of(pattern: str) -> int | None:
+    return parse_group(pattern) or parse_output_group(pattern)
+
+
 class GQSAConfig(ADMMSettings, SweepSettings):
-    """Prune and quantize in one sweep: groups of inputs (`1xG` with a kept `density`), or `N:M`.
+    """Prune and quantize in one sweep: groups of inputs of a row (`1xG` with a kept `density`), of outputs of an input
+    (`Gx1`), or `N:M`.
 
     `mask` says how the kept weights are found: `admm` (also solves for the weights, with ADMM's settings), or while the
     sweep goes, by what removing a whole group costs (`obs`), the sum of what its weights cost one by one (`diagonal`),
-    or the sum of its squared weights times input norms (`wanda`). Groups are balanced over each row, or over the whole
-    layer (`balance`); in `segments` of a row alike, so that tensor parallelism can cut there (`auto`: as many of 8, 4,
-    2, 1 as fit where it cuts rows).
+    or the sum of its squared weights times input norms (`wanda`). Groups are balanced over each row (`Gx1`: over
+    each input), or over the whole layer (`balance`); in `segments` of a row alike, so that tensor parallelism can cut
+    there (`auto`: as many of 8, 4, 2, 1 as fit where it cuts rows).
     """
 
     pass_: Literal["gqsa"] = Field(default="gqsa", alias="pass")
@@ -40,18 +45,18 @@ class GQSAConfig(ADMMSettings, SweepSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _group_size_is_the_pattern(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "group_size" not in data:
-            pattern = data.get("pattern", "1x16")
-            group = parse_group(pattern) if isinstance(pattern, str) else None
-            if group is not None:
-                return {**data, "group_size": group}
+    def _integers_follow_the_pattern(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(pattern := data.get("pattern", "1x16"), str):
+            implied = {"group_size": _group_of(pattern), "along": parse_output_group(pattern) and "outputs"}
+            return {name: value for name, value in implied.items() if value is not None} | data
         return data
 
     @model_validator(mode="after")
     def _storable(self) -> GQSAConfig:
         if self.scope != "row":
             raise ValueError("use balance instead of scope")
+        if (self.along == "outputs") != self.by_outputs:
+            raise ValueError(f"pattern {self.pattern} fixes along; remove it")
         if self.group is None:
             if self.balance != "row" or self.segments != "auto":
                 raise ValueError(f"pattern {self.pattern} has no balance and no segments; remove them")
@@ -60,18 +65,25 @@ class GQSAConfig(ADMMSettings, SweepSettings):
                     raise ValueError(f"{name} is not a multiple of the {self.nm[1]} of pattern {self.pattern}")
         elif self.group_size != self.group:
             raise ValueError(f"pattern {self.pattern} fixes group_size; remove it")
-        elif self.block_size < self.group:
-            raise ValueError(f"block_size {self.block_size} is smaller than a group of pattern {self.pattern}")
         elif self.bits == 8:
             raise ValueError(f"pattern {self.pattern} is stored in 4 bits")
+        elif self.by_outputs and (self.balance == "layer" or self.segments not in ("auto", 1)):
+            raise ValueError(f"pattern {self.pattern} has neither balance: layer nor segments")
+        elif not self.by_outputs and self.block_size < self.group:
+            raise ValueError(f"block_size {self.block_size} is smaller than a group of pattern {self.pattern}")
         elif self.balance == "layer" and self.segments not in ("auto", 1):
             raise ValueError("balance: layer has no segments")
         return self
 
     @property
     def group(self) -> int | None:
-        """G of pattern 1xG, or None for N:M."""
-        return parse_group(self.pattern)
+        """G of pattern 1xG or Gx1, or None for N:M."""
+        return _group_of(self.pattern)
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether groups lie along the outputs."""
+        return parse_output_group(self.pattern) is not None
 
     @property
     def structure(self) -> str:
@@ -79,8 +91,12 @@ class GQSAConfig(ADMMSettings, SweepSettings):
         return f"{self.pattern}{share} {self.numbers}"
 
     def kept_groups(self, shape: tuple[int, int]) -> int:
-        """How many groups a linear of `shape` `(N, K)` keeps: in each row, or with `balance: layer` in all."""
-        return round(self.kept * -(-shape[1] // self.group_size) * (shape[0] if self.balance == "layer" else 1))
+        """How many groups a linear of `shape` `(N, K)` keeps: in each row (Gx1: of each input), or by layer in all."""
+        return round(self.kept * self._groups(shape) * (shape[0] if self.balance == "layer" else 1))
+
+    def _groups(self, shape: tuple[int, int]) -> int:
+        """Groups in a row, or along the outputs of an input."""
+        return -(-shape[0 if self.by_outputs else 1] // self.group_size)
 
     def for_linear(self, name: str, shape: tuple[int, int]) -> GQSAConfig:
         """Fills in `segments`; raises ValueError when the density keeps no group, or the segments do not fit."""
@@ -88,11 +104,12 @@ class GQSAConfig(ADMMSettings, SweepSettings):
             return self
         kept = self.kept_groups(shape)
         if kept == 0:
-            raise ValueError(f"density {self.kept:g} keeps none of its {-(-shape[1] // self.group)} groups per row")
+            unit = "input" if self.by_outputs else "row"
+            raise ValueError(f"density {self.kept:g} keeps none of its {self._groups(shape)} groups per {unit}")
         segments: int | str = self.segments
         if segments == "auto":
             row_parallel = name.rpartition(".")[2] in ROW_PARALLEL and self.balance == "row"
-            segments = choose_segments(shape[1], self.group, kept) if row_parallel else 1
+            segments = choose_segments(shape[1], self.group, kept) if row_parallel and not self.by_outputs else 1
         elif kept % int(segments) or shape[1] % (self.group * int(segments)):
             raise ValueError(f"{segments} segments do not split its {shape[1]} inputs and {kept} kept groups evenly")
         return self.model_copy(update={"segments": segments})
@@ -102,7 +119,7 @@ class GQSAConfig(ADMMSettings, SweepSettings):
         if self.group is None:
             return LinearScheme(pattern=self.pattern, density=self.kept, integers=integers)
         assert self.segments != "auto"  # for_linear has been there
-        kept, total = self.kept_groups(shape), -(-shape[1] // self.group)
+        kept, total = self.kept_groups(shape), self._groups(shape)
         return LinearScheme(
             pattern=self.pattern,
             density=kept / (total * shape[0] if self.balance == "layer" else total),

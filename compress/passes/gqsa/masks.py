@@ -66,6 +66,20 @@ def by_pattern(score_of: Callable[[Tensor, int], Tensor], nm: tuple[int, int]) -
     return choose
 
 
+def of_outputs(kept: int, group_size: int) -> Choose:
+    """Masks that keep the `kept` groups of outputs with the largest sums of squares of every column.
+
+    All weights of a column lie in different rows and cost the same per square, so this is exact optimal brain surgeon.
+    """
+
+    def choose(free: Tensor, start: int, stop: int) -> Tensor:
+        block = free[: stop - start]
+        mask = top_mask(group_sums(block.square(), group_size), kept)
+        return spread_groups(mask, group_size, block.shape[1])
+
+    return choose
+
+
 class GroupChoice:
     """A choice of groups: at each block it ranks all free groups, and fixes what that means for the block's own.
 

@@ -14,7 +14,7 @@ from ..admm.solver import least_squares, tighten
 from ..base import PruneResult
 from ..hessian import revive_dead_inputs
 from ..joint import MakeChoose, sweep_and_descend
-from ..masks import nm_mask
+from ..masks import nm_mask, top_mask
 from ..sweep import Choose, Span
 from .config import GQSAConfig
 from .masks import (
@@ -26,6 +26,7 @@ from .masks import (
     fixed,
     group_mask,
     group_sums,
+    of_outputs,
     spread_groups,
 )
 
@@ -47,6 +48,10 @@ def _gradual_mask(score: Tensor, config: GQSAConfig, step: int) -> Tensor:
     """Mask `[N, K]` for ADMM's `step`, from |weights| `[N, K]` on the normalised Hessian."""
     if config.nm is not None:
         return tighten(score, nm_mask(score, *config.nm), config, step)
+    if config.by_outputs:
+        sums = group_sums(score.T.square(), config.group_size)
+        mask = tighten(sums, top_mask(sums, config.kept_groups((score.shape[0], score.shape[1]))), config, step)
+        return spread_groups(mask, config.group_size, score.shape[0]).T
     sums = group_sums(score.square(), config.group_size)
     pattern = group_mask(sums, *budget(config, (score.shape[0], score.shape[1]), score.device))
     return spread_groups(tighten(sums, pattern, config, step), config.group_size, score.shape[1])
@@ -59,6 +64,8 @@ def _choice(config: GQSAConfig, shape: tuple[int, int], power: Tensor) -> MakeCh
         weights = power[order] if config.mask == "wanda" else upper.diagonal().reciprocal().square()
         if config.nm is not None:
             return by_pattern(lambda free, start: free.square() * weights[start : start + len(free), None], config.nm)
+        if config.by_outputs:
+            return of_outputs(config.kept_groups(shape), config.group_size)
         kept, segment = budget(config, shape, power.device)
         score = GroupSurgeon(upper, spans) if config.mask == "obs" else additive_scores(weights, spans)
         return GroupChoice(score, spans, kept, segment)

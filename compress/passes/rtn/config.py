@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from ....serving.scheme import LinearScheme
-from ..base import IntegerSettings, StageConfig
+from ..base import StageConfig, WeightIntegers
 
 
-class RTNConfig(StageConfig, IntegerSettings):
+class RTNConfig(StageConfig, WeightIntegers):
     """Round each weight to the nearest point of its group's grid. Needs no data."""
 
     pass_: Literal["rtn"] = Field(default="rtn", alias="pass")

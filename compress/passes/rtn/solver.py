@@ -14,5 +14,7 @@ from .config import RTNConfig
 def solve(weight: Tensor, statistics: InputStatistics, config: RTNConfig) -> PruneResult:
     """`weight` `[N, K]` fp32 -> its rounding; `statistics` are not read."""
     allowed = CodeRange.of(config.bits, config.symmetric)
-    quantized, values = quantize(weight, None, allowed, config.group_size, config.candidates)
+    rows = weight.T.contiguous() if config.along == "outputs" else weight
+    quantized, values = quantize(rows, None, allowed, config.group_size, config.candidates)
+    values = values.T.contiguous() if config.along == "outputs" else values
     return PruneResult(values, torch.ones_like(weight, dtype=torch.bool), quantized=quantized)
