@@ -149,7 +149,7 @@ class CompressedLinear(CompressedWeight):
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-        branch = scheme.low_rank
+        branch = scheme.added_branch
         if branch is None:
             return
         specs = storage.tensor_specs(scheme, self.shape)
@@ -165,12 +165,12 @@ class CompressedLinear(CompressedWeight):
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
         y = prepared(x, self.bias)
-        return y if self.scheme.low_rank is None else y + self._branch(x)
+        return y if self.scheme.added_branch is None else y + self._branch(x)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with its zeros, plus the low-rank branch's share of it."""
         tensors = self.stored()
-        for name in () if self.scheme.low_rank is None else ("V", "U"):
+        for name in () if self.scheme.added_branch is None else ("V", "U"):
             part = getattr(self, name)
             tensors |= (
                 {name: part} if isinstance(part, Tensor) else {f"{name}.{k}": t for k, t in part.stored().items()}
