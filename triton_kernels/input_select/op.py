@@ -91,9 +91,7 @@ def register() -> None:
         " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked=True)"
         " -> Tensor",
         {"CUDA": _operator},
-        lambda x, weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, parts, bias, masked=True: (
-            x.new_empty((*x.shape[:-1], n))
-        ),
+        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[7])),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import EVERY_GPU, Launch, Shape
+from ..launch import EVERY_GPU, Launch
 from .layout import TILE, Prepared
 
 MATMUL_FROM = 64  # tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..input_select import plan as select_plan
 from ..input_select.plan import MATMUL_FROM
-from ..launch import EVERY_GPU, Launch, Shape
+from ..launch import EVERY_GPU, Launch
 from .layout import TILE, Prepared, tile_width, unsupported
 
 Step = tuple[str, Launch]
