@@ -135,7 +135,7 @@ class _Size:
 def _non_zeros(table: Table) -> int:
     """Non-zero weights, counted over some rows at a time where rows are stored apart."""
     rows, columns = table.shape
-    if table.scheme is not None and table.scheme.balance == "layer":
+    if table.scheme is not None and not table.scheme.rows_apart:
         return int(table.whole(torch.float32).count_nonzero())
     step = max(1, _NUMBERS // columns)
     parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -163,7 +163,7 @@ def _numbers(scheme: LinearScheme | None, stored: Mapping[str, TensorInfo]) -> s
     if scheme is not None and scheme.integers is not None:
         return scheme.numbers
     kind = next(str(info.dtype).removeprefix("torch.") for info in stored.values() if info.dtype.is_floating_point)
-    return kind if scheme is None or scheme.low_rank is None else f"{kind} + {scheme.low_rank}"
+    return kind if scheme is None else kind + scheme.extras
 
 
 def _reported_errors(folder: Path) -> dict[str, float]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..triton_kernels import dispatch
 from ..triton_kernels.formats import FormatError
+from ..triton_kernels.formats.input_select import InputSelection
+from ..triton_kernels.input_select import reference as select_reference
 from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .errors import InputError
@@ -130,6 +132,7 @@ class CompressedLinear(CompressedWeight):
     """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None.
 
     A low-rank branch adds `(x @ V) @ U.T`: buffers `V` `[1, K, rank]` and `U` `[N, rank]`, or two linears of integers.
+    With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`.
     """
 
     bias: Tensor | None
@@ -149,7 +152,7 @@ class CompressedLinear(CompressedWeight):
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-        branch = scheme.low_rank
+        branch = scheme.added_branch
         if branch is None:
             return
         specs = storage.tensor_specs(scheme, self.shape)
@@ -165,12 +168,12 @@ class CompressedLinear(CompressedWeight):
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
         y = prepared(x, self.bias)
-        return y if self.scheme.low_rank is None else y + self._branch(x)
+        return y if self.scheme.added_branch is None else y + self._branch(x)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` with its zeros, plus the low-rank branch's share of it."""
+        """The weight `[N, K]` with its zeros, plus the share of a low-rank branch that all inputs pass through."""
         tensors = self.stored()
-        for name in () if self.scheme.low_rank is None else ("V", "U"):
+        for name in () if self.scheme.added_branch is None else ("V", "U"):
             part = getattr(self, name)
             tensors |= (
                 {name: part} if isinstance(part, Tensor) else {f"{name}.{k}": t for k, t in part.stored().items()}
@@ -184,6 +187,25 @@ class CompressedLinear(CompressedWeight):
         assert not isinstance(v, Tensor) and not isinstance(u, Tensor)  # both or neither are integers
         result: Tensor = u(v(x))
         return result
+
+
+class SelectingLinear(nn.Linear):
+    """A dense linear; once it has a `selection` of one part, every token reads the inputs that it selects."""
+
+    selection: InputSelection | None = None
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> SelectingLinear:
+        """`linear` with the same parameters, as one that may get a selection."""
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., K]` -> `[..., N]`."""
+        if self.selection is None:
+            return super().forward(x)
+        return select_reference.linear(x, self.weight.T, self.selection, self.bias)
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
@@ -213,12 +235,16 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
 
 
 def expand_linears(block: nn.Module, dtype: torch.dtype) -> None:
-    """Replace, in place, each compressed linear inside `block` by a dense one with its effective weight in `dtype`."""
+    """Replace, in place, each compressed linear inside `block` by a dense one with its effective weight in `dtype`.
+
+    What a linear reads by stays as it is.
+    """
     found = {name: module for name, module in block.named_modules() if isinstance(module, CompressedLinear)}
     for name, module in found.items():
         if name.rpartition(".")[0] in found:
             continue  # half of a branch
-        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        dense = SelectingLinear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        dense.selection = storage.selection_of(module.scheme, module.stored())
         dense.weight = nn.Parameter(module.effective_weight(dtype), requires_grad=False)
         if module.bias is not None:
             dense.bias = nn.Parameter(module.bias, requires_grad=False)

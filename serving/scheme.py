@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..triton_kernels.formats import groups
 from .errors import InputError
@@ -19,6 +19,7 @@ FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_pro
 
 _NM = re.compile(r"(\d+):(\d+)")
 _GROUP = re.compile(r"1x(\d+)")
+_OUTPUT_GROUP = re.compile(r"(\d+)x1")
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:
@@ -51,14 +52,26 @@ def parse_group(pattern: str) -> int | None:
     return int(match[1])
 
 
+def parse_output_group(pattern: str) -> int | None:
+    """G of a pattern such as `"16x1"`, or None when `pattern` is not Gx1. Raises ValueError for an unsupported G."""
+    match = _OUTPUT_GROUP.fullmatch(pattern)
+    if match is None:
+        return None
+    if int(match[1]) not in groups.SIZES:
+        raise ValueError(f"pattern {pattern!r}: groups have {', '.join(map(str, groups.SIZES))} outputs")
+    return int(match[1])
+
+
 def _scheme_pattern(value: str) -> str:
-    return value if value == "dense" or parse_group(value) is not None else _known_pattern(value)
+    grouped = parse_group(value) is not None or parse_output_group(value) is not None
+    return value if value == "dense" or grouped else _known_pattern(value)
 
 
 class IntegerScheme(BaseModel):
     """Weights as integer codes with one fp16 scale, and when asymmetric one zero point, per group of inputs of a row.
 
-    `group_size` counts dense inputs; a last group may be shorter.
+    With `along: outputs` a group is of outputs of one input instead. `group_size` counts dense weights; a last group
+    may be shorter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +79,7 @@ class IntegerScheme(BaseModel):
     bits: Literal[4, 8] = 4
     group_size: int = Field(ge=2, multiple_of=2)
     symmetric: bool = False
+    along: Literal["inputs", "outputs"] = "inputs"
 
     @property
     def dense(self) -> LinearScheme:
@@ -96,7 +110,31 @@ class LowRankScheme(BaseModel):
         return f"rank {self.rank}{'' if self.integers is None else f' int{self.integers.bits}'}"
 
 
-Storage = Literal["dense", "two_four", "integers", "two_four_int4", "groups", "groups_layer"]
+class SelectionScheme(BaseModel):
+    """Which inputs of a token a linear reads: where `|x| > threshold`, or with `norms` where `|x| * norm > threshold`.
+
+    There is one threshold per linear; `norms` are one number per input.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norms: bool = False
+
+    def __str__(self) -> str:
+        return "inputs by |x| norm" if self.norms else "inputs by |x|"
+
+
+Storage = Literal[
+    "dense",
+    "two_four",
+    "integers",
+    "two_four_int4",
+    "groups",
+    "groups_layer",
+    "transposed",
+    "transposed_integers",
+    "transposed_groups",
+]
 
 
 # Storage -> folder of kernels in triton_kernels.
@@ -106,6 +144,9 @@ _OPS: dict[str, str] = {
     "integers": "int4",
     "groups": "group_int4",
     "groups_layer": "group_int4",
+    "transposed": "input_select",
+    "transposed_integers": "input_select_int4",
+    "transposed_groups": "input_select_int4",
 }
 
 
@@ -113,10 +154,14 @@ class LinearScheme(BaseModel):
     """How one linear `[N, K]` is compressed: one row of the table in docs/architecture.md.
 
     `pattern` is `dense`, `"N:M"` (N kept in every M consecutive inputs), `"1xG"` (groups of G consecutive inputs of a
-    row, kept or dropped whole) or `unstructured`; `density` is the kept fraction. `integers` says how kept weights are
-    stored; without it they keep the model's 16 bits. Groups are always int4 and also say how many are `kept` (per row,
-    or with `balance: layer` in the whole matrix) and into how many `segments` tensor parallelism may cut a row.
-    `low_rank` adds a branch to a pattern that has a packed form.
+    row, kept or dropped whole), `"Gx1"` (groups of G consecutive outputs of an input) or `unstructured`; `density` is
+    the kept fraction. `integers` says how kept weights are stored; without it they keep the model's 16 bits. Groups are
+    always int4 and also say how many are `kept` (per row, or per input, or with `balance: layer` in the whole matrix)
+    and into how many `segments` tensor parallelism may cut a row.
+
+    `selection` lets every token choose the inputs it reads; the weight is then stored input by input, and integers run
+    along the outputs. `low_rank` adds a branch to a pattern that has a packed form; beside a `selection` the branch
+    takes the inputs that are not read, and only those.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -128,11 +173,13 @@ class LinearScheme(BaseModel):
     segments: Literal[1, 2, 4, 8] = 1
     balance: Literal["row", "layer"] = "row"
     low_rank: LowRankScheme | None = None
+    selection: SelectionScheme | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearScheme:
         if self.low_rank is not None and self.storage == "dense":
             raise ValueError(f"pattern {self.pattern} is stored whole, where a low-rank branch would gain nothing")
+        self._require_one_direction()
         if self.group is None:
             if self.kept is not None or self.segments != 1 or self.balance != "row":
                 raise ValueError(f"pattern {self.pattern} has no kept groups, segments or balance")
@@ -142,16 +189,49 @@ class LinearScheme(BaseModel):
             raise ValueError(f"pattern {self.pattern} needs integers with group_size {self.group}")
         elif self.balance == "layer" and self.segments != 1:
             raise ValueError("balance: layer has no segments")
+        elif self.input_major and (self.balance == "layer" or self.segments != 1):
+            raise ValueError(f"pattern {self.pattern} has neither segments nor balance: layer")
         return self
+
+    def _require_one_direction(self) -> None:
+        """Selection, groups and integers of one weight run along the same axis."""
+        along = None if self.integers is None else self.integers.along
+        if parse_output_group(self.pattern) is not None and along == "inputs":
+            raise ValueError(f"pattern {self.pattern} needs integers along outputs")
+        if parse_group(self.pattern) is not None and self.input_major:
+            raise ValueError(f"pattern {self.pattern} groups inputs; along outputs it is {self.group}x1")
+        if self.selection is not None and along == "inputs":
+            raise ValueError("a selection needs integers along outputs")
+        if self.selection is not None and self.low_rank is not None and self.low_rank.integers is not None:
+            raise ValueError("the branch beside a selection is 16-bit; remove its integers")
 
     @property
     def group(self) -> int | None:
-        """G of pattern `1xG`, else None."""
-        return parse_group(self.pattern)
+        """G of pattern `1xG` or `Gx1`, else None."""
+        return parse_group(self.pattern) or parse_output_group(self.pattern)
+
+    @property
+    def input_major(self) -> bool:
+        """Whether the weight is stored as W^T `[K, N]`, so that an input that is not read costs nothing."""
+        return self.selection is not None or (self.integers is not None and self.integers.along == "outputs")
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether every stored tensor of the weight has one row per output."""
+        return not self.input_major and self.balance == "row"
+
+    @property
+    def added_branch(self) -> LowRankScheme | None:
+        """The branch whose outputs are added for all inputs; one that takes the unread inputs is part of the weight."""
+        return self.low_rank if self.selection is None else None
 
     @property
     def storage(self) -> Storage:
         """The stored form. Patterns without a packed form of their own are stored whole, with exact zeros."""
+        if self.input_major:
+            if self.integers is None:
+                return "transposed"
+            return "transposed_integers" if self.group is None else "transposed_groups"
         if self.group is not None:
             return "groups" if self.balance == "row" else "groups_layer"
         if self.integers is None:
@@ -166,12 +246,18 @@ class LinearScheme(BaseModel):
 
     @property
     def numbers(self) -> str:
-        """How the kept weights are stored, in words: `int4 g64`, or `16-bit`; and the branch, if there is one."""
-        branch = "" if self.low_rank is None else f" + {self.low_rank}"
+        """How the kept weights are stored, in words: `int4 g64`, or `16-bit`; and what stands beside them."""
         if self.integers is None:
-            return f"16-bit{branch}"
+            return f"16-bit{self.extras}"
         kind = " sym" if self.integers.symmetric else ""
-        return f"int{self.integers.bits} g{self.integers.group_size}{kind}{branch}"
+        along = " along outputs" if self.integers.along == "outputs" else ""
+        return f"int{self.integers.bits} g{self.integers.group_size}{kind}{along}{self.extras}"
+
+    @property
+    def extras(self) -> str:
+        """In words what is beside the weight: `, inputs by |x|`, ` + rank 16`; empty where there is nothing."""
+        selected = "" if self.selection is None else f", {self.selection}"
+        return selected + ("" if self.low_rank is None else f" + {self.low_rank}")
 
 
 class ArtifactConfig(BaseModel):
@@ -188,11 +274,18 @@ class ArtifactConfig(BaseModel):
     linears: dict[str, LinearScheme]
     embedding: IntegerScheme | None = None
 
+    @field_validator("embedding")
+    @classmethod
+    def _rows(cls, value: IntegerScheme | None) -> IntegerScheme | None:
+        if value is not None and value.along != "inputs":
+            raise ValueError("the rows of an embedding are integers along inputs")
+        return value
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for config.json: schemes without the settings that do not apply to them."""
         linears = {name: scheme.model_dump(exclude_defaults=True) for name, scheme in self.linears.items()}
         data = {"quant_method": self.quant_method, "format_version": self.format_version, "linears": linears}
-        return data if self.embedding is None else {**data, "embedding": self.embedding.model_dump()}
+        return data if self.embedding is None else {**data, "embedding": self.embedding.model_dump(exclude={"along"})}
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str) -> ArtifactConfig:

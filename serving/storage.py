@@ -9,9 +9,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..triton_kernels.formats import FormatError, groups, groups_layer, integers, two_four, two_four_int4
+from ..triton_kernels.formats import (
+    FormatError,
+    groups,
+    groups_layer,
+    input_select,
+    integers,
+    two_four,
+    two_four_int4,
+)
+from ..triton_kernels.formats.bits import check_tensor, to_bits
 from ..triton_kernels.formats.groups import Groups, KeptGroups
 from ..triton_kernels.formats.groups_layer import LayerGroups
+from ..triton_kernels.formats.input_select import InputSelection
 from ..triton_kernels.formats.integers import Integers, Quantized
 from ..triton_kernels.formats.two_four_int4 import TwoFourInt4
 from ..triton_kernels.weight import Weight
@@ -21,6 +31,19 @@ Shape = tuple[int, int]
 Form = TypeVar("Form", bound=tuple[Any, ...])
 _META = {"codes": torch.uint8, "zeros": torch.uint8, "meta": torch.uint8, "row_start": torch.int32}
 _BITS16 = {"scales": torch.int16, "index": torch.int16}
+_BITS32 = {"thresholds": torch.int32, "norms": torch.int32}
+
+
+class Selection(NamedTuple):
+    """Which inputs a linear `[N, K]` reads, before packing: `|x| > threshold`, or `|x| * norms[K] > threshold`.
+
+    `v` `[K, rank]` and `u` `[N, rank]`, in the model's dtype: the branch for the inputs that are not read, if any.
+    """
+
+    threshold: float
+    norms: Tensor | None = None
+    v: Tensor | None = None
+    u: Tensor | None = None
 
 
 class TensorSpec(NamedTuple):
@@ -32,15 +55,14 @@ class TensorSpec(NamedTuple):
 
 def tensor_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
     """Stored tensors of a linear `[N, K]` (without its bias) by suffix. Raises FormatError when they cannot fit."""
-    return {**weight_specs(scheme, shape), **_branch_specs(scheme.low_rank, shape)}
+    return {**weight_specs(scheme, shape), **_branch_specs(scheme.added_branch, shape)}
 
 
 def _branch_specs(branch: LowRankScheme | None, shape: Shape) -> dict[str, TensorSpec]:
     if branch is None:
         return {}
     (n, k), rank = shape, branch.rank
-    if rank > min(shape):
-        raise FormatError(f"a branch of rank {rank} is larger than a linear {list(shape)}")
+    _require_rank(branch, shape)
     if branch.parts is None:
         return {"V": TensorSpec((1, k, rank), None), "U": TensorSpec((n, rank), None)}
     parts = {"V": weight_specs(branch.parts[0], (rank, k)), "U": weight_specs(branch.parts[1], (n, rank))}
@@ -48,15 +70,16 @@ def _branch_specs(branch: LowRankScheme | None, shape: Shape) -> dict[str, Tenso
 
 
 def weight_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
-    """As `tensor_specs`, without those of a low-rank branch."""
+    """As `tensor_specs`, without those of a low-rank branch for all inputs."""
     shapes: dict[str, tuple[int, ...]]
+    transposed = (shape[1], shape[0])
     match scheme.storage:
         case "two_four":
             shapes = two_four.packed_shapes(shape)
         case "integers":
-            shapes = integers.packed_shapes(shape, **_integers(scheme).model_dump())
+            shapes = integers.packed_shapes(shape, **_code_settings(scheme))
         case "two_four_int4":
-            shapes = two_four_int4.packed_shapes(shape, **_integers(scheme).model_dump(exclude={"bits"}))
+            shapes = two_four_int4.packed_shapes(shape, **_code_settings(scheme, "bits"))
         case "groups":
             size, kept = _groups(scheme)
             shapes = groups.packed_shapes(shape, group_size=size, kept=kept, segments=scheme.segments)
@@ -65,7 +88,18 @@ def weight_specs(scheme: LinearScheme, shape: Shape) -> dict[str, TensorSpec]:
             shapes = groups_layer.packed_shapes(shape, group_size=size, kept=kept)
         case "dense":
             shapes = {"weight": shape}
-    dtypes = _META | _BITS16
+        case "transposed":
+            shapes = {"weight_t": transposed}
+        case "transposed_integers":
+            shapes = integers.packed_shapes(transposed, **_code_settings(scheme))
+        case "transposed_groups":
+            size, kept = _groups(scheme)
+            shapes = groups.packed_shapes(transposed, group_size=size, kept=kept)
+    if scheme.selection is not None:
+        if scheme.low_rank is not None:
+            _require_rank(scheme.low_rank, shape)
+        shapes |= input_select.packed_shapes(shape, **_selection_settings(scheme))
+    dtypes = _META | _BITS16 | _BITS32
     return {name: TensorSpec(shape, dtypes.get(name)) for name, shape in shapes.items()}
 
 
@@ -76,16 +110,16 @@ def stored_bits(scheme: LinearScheme, shape: Shape, dtype: torch.dtype) -> int:
 
 
 def validate(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) -> None:
-    """Raise FormatError unless `tensors` are a valid stored form of a linear `[N, K]`, a branch apart; later reads are
-    safe then."""
+    """Raise FormatError unless `tensors` are a valid stored form of a linear `[N, K]`, a branch for all inputs apart;
+    later reads are safe then."""
+    transposed = (shape[1], shape[0])
     match scheme.storage:
         case "two_four":
             two_four.validate(tensors["values"], tensors["meta"], shape)
         case "integers":
-            integers.validate(_as(Integers, tensors), shape, **_integers(scheme).model_dump())
+            integers.validate(_as(Integers, tensors), shape, **_code_settings(scheme))
         case "two_four_int4":
-            settings = _integers(scheme).model_dump(exclude={"bits"})
-            two_four_int4.validate(_as(TwoFourInt4, tensors), shape, **settings)
+            two_four_int4.validate(_as(TwoFourInt4, tensors), shape, **_code_settings(scheme, "bits"))
         case "groups":
             size, kept = _groups(scheme)
             packed = _as(Groups, tensors)
@@ -94,20 +128,29 @@ def validate(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape) 
             size, kept = _groups(scheme)
             groups_layer.validate(_as(LayerGroups, tensors), shape, group_size=size, kept=kept)
         case "dense":
-            if tuple(tensors["weight"].shape) != shape:
-                raise FormatError(f"weight has shape {list(tensors['weight'].shape)}, expected {list(shape)}")
+            _check_floating("weight", tensors["weight"], shape)
+        case "transposed":
+            _check_floating("weight_t", tensors["weight_t"], transposed)
+        case "transposed_integers":
+            integers.validate(_as(Integers, tensors), transposed, **_code_settings(scheme))
+        case "transposed_groups":
+            size, kept = _groups(scheme)
+            groups.validate(_as(Groups, tensors), transposed, group_size=size, kept=kept)
+    if scheme.selection is not None:
+        input_select.validate(_as(InputSelection, tensors), shape, **_selection_settings(scheme))
 
 
 def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
     """The dense weight `[N, K]` with its zeros, in `dtype`: exact in fp32, rounded once to a narrower dtype.
 
-    A low-rank branch is no part of it; see `effective_weight`.
+    A low-rank branch is no part of it; see `effective_weight`. With a selection, it is for the inputs that are read.
     """
+    n = shape[0]
     match scheme.storage:
         case "two_four":
             return two_four.unpack(tensors["values"], tensors["meta"]).to(dtype)
         case "integers":
-            settings = _integers(scheme).model_dump(exclude={"symmetric"})
+            settings = _code_settings(scheme, "symmetric")
             return integers.dequantize(_as(Integers, tensors), columns=shape[1], dtype=dtype, **settings)
         case "two_four_int4":
             size = _integers(scheme).group_size
@@ -119,11 +162,18 @@ def dense_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Sha
             return groups_layer.dequantize(_as(LayerGroups, tensors), shape[1], dtype=dtype)
         case "dense":
             return tensors["weight"].to(dtype)
+        case "transposed":
+            return tensors["weight_t"].to(dtype).T
+        case "transposed_integers":
+            settings = _code_settings(scheme, "symmetric")
+            return integers.dequantize(_as(Integers, tensors), columns=n, dtype=dtype, **settings).T
+        case "transposed_groups":
+            return groups.dequantize(_as(Groups, tensors), n, dtype=dtype).T
 
 
 def effective_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-    """The dense weight `[N, K]` plus the low-rank branch's share of it, in `dtype`."""
-    branch = scheme.low_rank
+    """The dense weight `[N, K]` plus, where all inputs pass through it, the low-rank branch's share, in `dtype`."""
+    branch = scheme.added_branch
     if branch is None:
         return dense_weight(scheme, tensors, shape, dtype)
     (n, k), rank = shape, branch.rank
@@ -165,8 +215,10 @@ def weight_of(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: Shape,
 
 def settings_of(scheme: LinearScheme) -> dict[str, int]:
     """What the kernels need to know about a scheme beside its op."""
-    settings = {} if scheme.integers is None else scheme.integers.model_dump()
-    if scheme.group is not None:
+    settings = {} if scheme.integers is None else _code_settings(scheme)
+    if scheme.input_major:
+        settings["selects"] = scheme.selection is not None
+    elif scheme.group is not None:
         settings |= {"segments": scheme.segments, "layer": scheme.balance == "layer"}
     return settings
 
@@ -177,9 +229,12 @@ def pack_weight(
     """Tensors to store for a solved linear, by suffix.
 
     16-bit schemes store `weight` `[N, K]`. Integer schemes store `quantized` (codes and scales per group of dense
-    inputs) under the bool `mask` `[N, K]` of kept weights (None: all), not `weight`. Raises FormatError off the
-    pattern.
+    inputs) under the bool `mask` `[N, K]` of kept weights (None: all), not `weight`; with integers along outputs it is
+    W^T that is quantized: codes `[K, N]`, scales and zeros `[K, J]`. What a selection reads by is packed by
+    `pack_selection`. Raises FormatError off the pattern.
     """
+    if scheme.storage == "transposed":
+        return {"weight_t": weight.T.contiguous()}
     if scheme.storage == "two_four":
         values, meta = two_four.pack(weight)
         return {"values": values, "meta": meta}
@@ -188,7 +243,10 @@ def pack_weight(
     if quantized is None:
         raise FormatError(f"{scheme.numbers} weights need codes and scales")
     codes, scales, zeros = quantized
-    kept = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+    if mask is None:
+        kept = torch.ones_like(codes, dtype=torch.bool)
+    else:
+        kept = mask.T if scheme.input_major else mask
     bits, size = scheme.integers.bits, scheme.integers.group_size
     packed: NamedTuple
     if scheme.group is not None:
@@ -200,6 +258,23 @@ def pack_weight(
         middle = torch.full_like(codes, integers.middle(bits)) if zeros is None else zeros[:, spread]
         packed = integers.pack(Quantized(torch.where(kept, codes, middle), scales, zeros), bits=bits, group_size=size)
     return {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
+
+
+def pack_selection(scheme: LinearScheme, selection: Selection) -> dict[str, Tensor]:
+    """Tensors to store beside a weight whose inputs are selected. Raises FormatError when they are not the scheme's."""
+    norms = None if selection.norms is None else to_bits(selection.norms.float())[None]
+    v = None if selection.v is None else selection.v[None].contiguous()
+    bits = to_bits(torch.tensor([selection.threshold], dtype=torch.float32))
+    packed = InputSelection(bits, norms, v, selection.u)
+    found = {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
+    if set(found) != set(input_select.packed_shapes((1, 1), **_selection_settings(scheme))):
+        raise FormatError(f"a selection of {', '.join(found)} is not one of {scheme.numbers}")
+    return found
+
+
+def selection_of(scheme: LinearScheme, tensors: Mapping[str, Tensor]) -> InputSelection | None:
+    """What the linear reads by, as it is stored; None when it reads every input."""
+    return None if scheme.selection is None else _as(InputSelection, tensors)
 
 
 def _pack_groups(quantized: Quantized, mask: Tensor, scheme: LinearScheme) -> Groups | LayerGroups:
@@ -226,6 +301,27 @@ def _pack_groups(quantized: Quantized, mask: Tensor, scheme: LinearScheme) -> Gr
         raise FormatError(f"every row must keep {kept} groups")
     by_row: list[Any] = [None if part is None else part.unflatten(0, (rows, kept)) for part in entries]
     return groups.pack(KeptGroups(*by_row), columns, segments=scheme.segments)
+
+
+def _check_floating(name: str, tensor: Tensor, shape: Shape) -> None:
+    check_tensor(name, tensor, shape, tensor.dtype)
+    if not tensor.dtype.is_floating_point:
+        raise FormatError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def _require_rank(branch: LowRankScheme, shape: Shape) -> None:
+    if branch.rank > min(shape):
+        raise FormatError(f"a branch of rank {branch.rank} is larger than a linear {list(shape)}")
+
+
+def _code_settings(scheme: LinearScheme, *without: str) -> dict[str, Any]:
+    """The integers' settings as the formats name them."""
+    return _integers(scheme).model_dump(exclude={"along", *without})
+
+
+def _selection_settings(scheme: LinearScheme) -> dict[str, Any]:
+    assert scheme.selection is not None  # callers have looked
+    return {"norms": scheme.selection.norms, "rank": 0 if scheme.low_rank is None else scheme.low_rank.rank}
 
 
 def _integers(scheme: LinearScheme) -> IntegerScheme:

@@ -15,7 +15,10 @@ from .storage import dense_weight
 
 @dataclass(frozen=True)
 class Table:
-    """A stored matrix `[R, C]`: `tensors` are its own by suffix (`weight`, or those of `scheme`), one row in each."""
+    """A stored matrix `[R, C]`: `tensors` are its own by suffix (`weight`, or those of `scheme`).
+
+    Only where the scheme's rows lie apart can some of them be read.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -35,7 +38,7 @@ class Table:
         return self._dense(read, dtype)
 
     def whole(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """All rows `[R, C]` in `dtype`; the one way to read a scheme whose rows do not lie apart."""
+        """All rows `[R, C]` in `dtype`."""
         return self._dense(lambda suffix, info: self._rows(suffix, info, None, device), dtype)
 
     def _rows(self, suffix: str, info: TensorInfo, rows: slice | None, device: torch.device | str) -> Tensor:
@@ -45,5 +48,5 @@ class Table:
         found = {suffix: read(suffix, info) for suffix, info in self.tensors.items()}
         if self.scheme is None:
             return found["weight"].to(dtype)
-        count = len(next(iter(found.values())))  # only balance: layer would take it for the number of rows
+        count = len(next(iter(found.values()))) if self.scheme.rows_apart else self.shape[0]
         return dense_weight(self.scheme, found, (count, self.shape[1]), dtype)

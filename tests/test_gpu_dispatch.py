@@ -69,10 +69,11 @@ def test_reproduces_the_reference_or_says_why_not(name: str, launched: list[str]
     chosen = linear.implementation()
     assert (chosen.backend, chosen.reason) == (backend, reason)
     if backend == "triton":
-        assert launched and all(kernel.startswith(scheme.op + ".") for kernel in launched)
-        assert "has not passed warmup's check" in reason
+        shared = "input_select.reduce"  # sums up for the integers, too
+        assert launched and all(kernel.startswith(scheme.op + ".") or kernel == shared for kernel in launched)
+        assert scheme.input_major or "has not passed warmup's check" in reason
     else:
-        assert not launched and "groups of a multiple of 32" in reason
+        assert not launched and ("groups of a multiple of 32" in reason or "take 4 bits, not 8" in reason)
     for key, tensor in linear.stored().items():  # bit for bit
         assert torch.equal(tensor, stored[key]) and tensor.dtype == stored[key].dtype
 

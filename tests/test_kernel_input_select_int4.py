@@ -326,9 +326,9 @@ def test_unsupported_groups_are_refused() -> None:
     packed = weights(4, (256,), 96, kept=None, symmetric=True)
     with pytest.raises(ValueError, match="96 columns"):
         layout.prepare(packed, selection_of(4, (256,)), (256,), group_size=96)
-    assert plan.can_run(Shape(1, 64, 64), torch.bfloat16, "sm_80") == (True, "")
-    assert "fp16 or bf16" in plan.can_run(Shape(1, 64, 64), torch.float32, "sm_80")[1]
-    assert "sm_70" in plan.can_run(Shape(1, 64, 64), torch.float16, "sm_70")[1]
+    assert plan.can_run((64, 64), torch.bfloat16, "sm_80") == (True, "")
+    assert "fp16 or bf16" in plan.can_run((64, 64), torch.float32, "sm_80")[1]
+    assert "sm_70" in plan.can_run((64, 64), torch.float16, "sm_70")[1]
 
 
 def test_operator_has_a_fake() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from halfweight.triton_kernels.formats.integers import Quantized
 N, K = 24, 72  # K is no multiple of 64: the last group of 64 is short
 
 
-def ints(size: int, bits: int = 4, symmetric: bool = False) -> IntegerScheme:
-    return IntegerScheme(bits=bits, group_size=size, symmetric=symmetric)
+def ints(
+    size: int, bits: int = 4, symmetric: bool = False, along: Literal["inputs", "outputs"] = "inputs"
+) -> IntegerScheme:
+    return IntegerScheme(bits=bits, group_size=size, symmetric=symmetric, along=along)
 
 
 SCHEMES = {
@@ -32,22 +35,26 @@ SCHEMES = {
     "4:8 int4": LinearScheme(pattern="4:8", density=0.5, integers=ints(32, symmetric=True)),
     "1x8": LinearScheme(pattern="1x8", density=5 / 9, integers=ints(8), kept=5),
     "1x16": LinearScheme(pattern="1x16", density=0.4, integers=ints(16, symmetric=True), kept=2),
+    "int4 along outputs": LinearScheme(pattern="dense", density=1, integers=ints(16, along="outputs")),
+    "int8 along outputs": LinearScheme(pattern="dense", density=1, integers=ints(16, bits=8, along="outputs")),
+    "8x1": LinearScheme(pattern="8x1", density=2 / 3, integers=ints(8, along="outputs"), kept=2),
     "1x8 layer": LinearScheme(pattern="1x8", density=0.5, integers=ints(8), kept=N * 9 // 2, balance="layer"),
 }
 
 
 def mask_for(scheme: LinearScheme, generator: torch.Generator) -> Tensor:
-    """A random mask `[N, K]` of the scheme's pattern."""
+    """A random mask of the scheme's pattern: `[N, K]`, or `[K, N]` of an input-major one."""
+    rows, columns = (K, N) if scheme.input_major else (N, K)
     if scheme.group is not None:
-        total = -(-K // scheme.group)
-        score = torch.rand(N, total, generator=generator)
+        total = -(-columns // scheme.group)
+        score = torch.rand(rows, total, generator=generator)
         if scheme.balance == "layer":
             alive = score >= score.flatten().topk(scheme.kept or 0).values.min()
         else:
-            alive = torch.zeros(N, total, dtype=torch.bool).scatter_(1, score.topk(scheme.kept or 0).indices, True)
-        return alive.repeat_interleave(scheme.group, 1)[:, :K]
+            alive = torch.zeros(rows, total, dtype=torch.bool).scatter_(1, score.topk(scheme.kept or 0).indices, True)
+        return alive.repeat_interleave(scheme.group, 1)[:, :columns]
     if scheme.pattern == "dense":
-        return torch.ones(N, K, dtype=torch.bool)
+        return torch.ones(rows, columns, dtype=torch.bool)
     n, m = (int(part) for part in scheme.pattern.split(":"))
     score = torch.rand(N, K // m, m, generator=generator)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(2, score.topk(n).indices, True).flatten(1)
@@ -61,15 +68,18 @@ def packed(scheme: LinearScheme, seed: int = 0) -> tuple[dict[str, Tensor], Tens
         weight = torch.randn(N, K, generator=generator).bfloat16() * mask
         return storage.pack_weight(weight, scheme), weight.float()
     size, bits = scheme.integers.group_size, scheme.integers.bits
-    groups = -(-K // size)
-    codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(N, groups, generator=generator).half()
+    rows, columns = mask.shape
+    groups = -(-columns // size)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, groups, generator=generator).half()
     zeros = None
     if not scheme.integers.symmetric:
-        zeros = torch.randint(0, 2**bits, (N, groups), generator=generator, dtype=torch.uint8)
-    spread = torch.arange(K) // size
+        zeros = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    spread = torch.arange(columns) // size
     zero = zeros[:, spread].float() if zeros is not None else float(integers.middle(bits))
     dense = (codes.float() - zero) * scales.float()[:, spread] * mask
+    if scheme.input_major:
+        dense, mask = dense.T, mask.T
     return storage.pack_weight(dense, scheme, Quantized(codes, scales, zeros), mask), dense
 
 
@@ -143,6 +153,10 @@ def test_schemes_survive_json(scheme: LinearScheme) -> None:
     assert ArtifactConfig.parse(config.to_json(), "config.json") == config
 
 
+OUTPUTS = {"group_size": 16, "along": "outputs"}
+BRANCH = {"rank": 1, "integers": {"group_size": 16, "symmetric": True}}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -151,6 +165,16 @@ def test_schemes_survive_json(scheme: LinearScheme) -> None:
         ({"pattern": "1x16", "density": 0.5, "kept": 1, "integers": {"group_size": 32}}, "group_size 16"),
         ({"pattern": "2:4", "density": 0.5, "segments": 2}, "no kept groups, segments or balance"),
         ({"pattern": "dense", "density": 1, "integers": {"bits": 5, "group_size": 32}}, "bits"),
+        (
+            {"pattern": "16x1", "density": 0.5, "kept": 1, "integers": {"group_size": 16}},
+            "needs integers along outputs",
+        ),
+        ({"pattern": "12x1", "density": 0.5}, "groups have 8, 16, 32, 64 outputs"),
+        ({"pattern": "1x16", "density": 0.5, "kept": 1, "integers": OUTPUTS}, "along outputs it is 16x1"),
+        ({"pattern": "16x1", "density": 0.5, "kept": 2, "segments": 2, "integers": OUTPUTS}, "neither segments"),
+        ({"pattern": "dense", "density": 1, "selection": {}, "integers": {"group_size": 16}}, "along outputs"),
+        ({"pattern": "dense", "density": 1, "selection": {}, "low_rank": BRANCH}, "is 16-bit"),
+        ({"pattern": "dense", "density": 1, "low_rank": {"rank": 1}}, "gain nothing"),
     ],
 )
 def test_contradicting_schemes_are_refused(fields: dict[str, object], message: str) -> None:

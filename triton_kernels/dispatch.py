@@ -7,19 +7,21 @@ reason, which `halfweight inspect --device` and `explain` show.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import trust
 from .formats import FormatError
+from .formats.bits import from_bits
 from .library import register
 from .weight import Layout, Lookup, Prepared, Weight
 
@@ -91,15 +93,13 @@ def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
 def reference(weight: Weight, reason: str) -> Prepared:
     """The reference implementation: expand the weight and multiply, on every call."""
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.dense(x.dtype), bias)
-
     def rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1)
         found = {name: tensor.index_select(0, flat) for name, tensor in weight.tensors.items()}
         return weight.expand(found, dtype).reshape(*ids.shape, weight.shape[1])
 
-    return Prepared("reference", reason, run, lambda: weight.tensors, rows)
+    run_all = None if weight.selection is None else partial(weight.linear, masked=False)
+    return Prepared("reference", reason, weight.linear, lambda: weight.tensors, rows, run_all)
 
 
 def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple[bool, str]:
@@ -113,8 +113,8 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
         return True, chosen.reason
     device, name = weight.device, f"{weight.op}.{chosen.backend}"
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, weight.shape[1], generator=generator).to(device, dtype)
-    want = x.float() @ weight.dense(torch.float32).T
+    x = _near_threshold(torch.randn(tokens, weight.shape[1], generator=generator).to(device), weight).to(dtype)
+    want = weight.linear(x.float(), None)
 
     def check(kernel: str) -> None:
         try:
@@ -140,6 +140,16 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
     return trust.may_run(name, device)
 
 
+def _near_threshold(x: Tensor, weight: Weight) -> Tensor:
+    """`x` `[tokens, K]` at a scale where about half of it is read, if the weight's inputs are selected at all."""
+    selection = weight.selection
+    if selection is None:
+        return x
+    score = x.abs() if selection.norms is None else x.abs() * from_bits(selection.norms)[0]
+    scale = float(from_bits(selection.thresholds)[0] / score.median())
+    return x * scale if 0 < scale < math.inf else x
+
+
 def _relative_rms(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm().clamp_min(1e-30))
 
@@ -149,14 +159,20 @@ def _prepared(weight: Weight, layout: Layout) -> Prepared:
     empty = replace(weight, tensors={})  # the stored tensors may go now
     operator = operator_of(weight.op, type(form), layout)
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        # The operator exists for tracing; calling through it costs more than a small GEMV saves.
-        if torch.compiler.is_compiling():
-            return operator(x, *form, bias)
-        return layout.linear(x, form, bias)
+    def runs(form: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
+        def run(x: Tensor, bias: Tensor | None) -> Tensor:
+            # The operator exists for tracing; calling through it costs more than a small GEMV saves.
+            if torch.compiler.is_compiling():
+                return operator(x, *form, bias)
+            return layout.linear(x, form, bias)
 
+        return run
+
+    run_all = None
+    if weight.selection is not None:
+        run_all = runs(form._replace(thresholds=torch.full_like(form.thresholds, -1.0)))  # every |x| is above that
     rows = None if layout.lookup is None else _rows(weight.op, form, layout.lookup)
-    return Prepared("cpu", f"{weight.op} kernels", run, lambda: layout.restore(form, empty), rows)
+    return Prepared("cpu", f"{weight.op} kernels", runs(form), lambda: layout.restore(form, empty), rows, run_all)
 
 
 def _rows(op: str, form: Any, lookup: Lookup) -> Callable[[Tensor, torch.dtype], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from . import trust
 from .formats import FormatError
 from .formats.groups import Groups
 from .formats.groups_layer import LayerGroups
+from .formats.input_select import InputSelection, every_input
 from .formats.integers import Integers
 from .formats.two_four_int4 import TwoFourInt4
 from .group_int4 import layout as group_int4
+from .input_select import layout as input_select
+from .input_select_int4 import layout as input_select_int4
 from .int4 import layout as int4
 from .launch import EVERY_GPU, NVIDIA, device_target
 from .two_four import layout as two_four
@@ -27,10 +31,13 @@ from .weight import Prepared, Weight
 
 class Form(NamedTuple):
     """`prepare(weight)` brings stored tensors into the op's GPU order, a named tuple; `restore` (given the weight
-    without its tensors) inverts it. FormatError where the order cannot hold the weight."""
+    without its tensors) inverts it. FormatError where the order cannot hold the weight. `arguments(form)` are those of
+    the operator, between x and the bias; `settings` of a weight are what `can_run` of the op looks at."""
 
     prepare: Callable[[Weight], Any]
     restore: Callable[[Any, Weight], Mapping[str, Tensor | None]]
+    arguments: Callable[[Any], tuple[Any, ...]] = tuple
+    settings: tuple[str, ...] = ("group_size",)
 
 
 def _integers(weight: Weight) -> int4.Prepared:
@@ -55,6 +62,36 @@ def _restore_groups(form: group_int4.Prepared, weight: Weight) -> Mapping[str, T
     return group_int4.restore(form, segments=weight.settings["segments"])._asdict()
 
 
+def _selection(weight: Weight) -> InputSelection:
+    return weight.selection or every_input(weight.device)
+
+
+def _stored_selection(selection: InputSelection, weight: Weight) -> Mapping[str, Tensor | None]:
+    return selection._asdict() if weight.settings["selects"] else {}
+
+
+def _restore_input_select(form: input_select.Prepared, weight: Weight) -> Mapping[str, Tensor | None]:
+    dense, selection = input_select.restore(form)
+    return {"weight_t": dense, **_stored_selection(selection, weight)}
+
+
+def _input_select_int4(weight: Weight) -> input_select_int4.Prepared:
+    packed = [weight.stored(Groups if "index" in weight.tensors else Integers)]
+    size = weight.settings["group_size"]
+    return input_select_int4.prepare(packed, _selection(weight), weight.shape[:1], group_size=size)
+
+
+def _restore_input_select_int4(form: input_select_int4.Prepared, weight: Weight) -> Mapping[str, Tensor | None]:
+    (packed,), selection = input_select_int4.restore(form, symmetric=bool(weight.settings["symmetric"]))
+    return {**packed._asdict(), **_stored_selection(selection, weight)}
+
+
+def _flat(form: input_select_int4.Prepared) -> tuple[Any, ...]:
+    """The operator's order of the nested tuple."""
+    weight = (form.codes, form.scales, form.zeros, form.entries, form.tiles)
+    return (*weight, form.group_size, form.stored_group_size, form.segments, form.kept, *form.select)
+
+
 _INTEGERS = Form(_integers, lambda form, weight: int4.restore(form, group_size=weight.settings["group_size"])._asdict())
 FORMS: dict[str, Form] = {
     "two_four": Form(
@@ -68,6 +105,10 @@ FORMS: dict[str, Form] = {
     "int4": _INTEGERS,
     "tied": _INTEGERS,
     "group_int4": Form(_groups, _restore_groups),
+    "input_select": Form(
+        lambda weight: input_select.prepare(weight.tensors["weight_t"], _selection(weight)), _restore_input_select
+    ),
+    "input_select_int4": Form(_input_select_int4, _restore_input_select_int4, _flat, ("group_size", "bits")),
 }
 _LINEAR_OF = {"tied": "int4"}  # the op whose linear a table's head is
 
@@ -83,7 +124,7 @@ def can_run(
     target = device_target(device)
     if target not in EVERY_GPU:
         return False, f"no kernels are built for {target}"
-    sizes = {"group_size": settings["group_size"]} if "group_size" in settings else {}
+    sizes = {name: settings[name] for name in FORMS[op].settings if name in settings}
     possible, reason = _module(op).can_run(shape, dtype, target, **sizes)
     return trust.may_run(f"{op}.triton", device) if possible else (possible, reason)
 
@@ -99,34 +140,37 @@ def kernels_in_use(op: str, device: torch.device) -> str:
 
 def assembly_for(weight: Weight, dtype: torch.dtype, tokens: int) -> str | None:
     """The kernel with inline assembly that `tokens` tokens would run, once it is trusted; None where none would."""
-    module, target = _module(weight.op), device_target(weight.device)
-    chosen = module.choose(tokens, *weight.shape, dtype, target, True)
-    name = _with_assembly(weight.op)
-    return name if name is not None and name.endswith(f".{chosen}") else None
+    name, target = _with_assembly(weight.op), device_target(weight.device)
+    if name is None:
+        return None
+    chosen = _module(weight.op).choose(tokens, *weight.shape, dtype, target, True)
+    return name if name.endswith(f".{chosen}") else None
 
 
 def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     """Bring the weight into its GPU order for inputs of `dtype`; FormatError where that is impossible."""
-    if weight.op == "two_four" and weight.dtype != dtype:
-        raise FormatError(f"the 2:4 kernels want inputs of the weight's {_name(weight.dtype)}, not {_name(dtype)}")
+    if weight.dtype != dtype and any(tensor.is_floating_point() for tensor in weight.tensors.values()):
+        name = "2:4" if weight.op == "two_four" else weight.op
+        raise FormatError(f"the {name} kernels want inputs of the weight's {_name(weight.dtype)}, not {_name(dtype)}")
     module, kind = _module(weight.op), FORMS[weight.op]
     form, empty = kind.prepare(weight), replace(weight, tensors={})
     module.register()
     operator = getattr(torch.ops.halfweight, f"{_linear_op(weight.op)}_gpu")
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, bias: Tensor | None, **masked: bool) -> Tensor:
         if x.dtype != dtype:
             raise ValueError(f"this linear was prepared for {_name(dtype)} inputs, got {_name(x.dtype)}")
         if torch.compiler.is_compiling():
-            return operator(x, *form, bias)
+            return operator(x, *kind.arguments(form), bias, **masked)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            return module.linear(x, form, bias)
+            return module.linear(x, form, bias, **masked)
 
     def restore() -> Mapping[str, Tensor]:
         return {name: tensor for name, tensor in kind.restore(form, empty).items() if tensor is not None}
 
     rows = _lookup(form) if weight.op == "tied" else None
-    return Prepared("triton", kernels_in_use(weight.op, weight.device), run, restore, rows)
+    run_all = None if weight.selection is None else partial(run, masked=False)
+    return Prepared("triton", kernels_in_use(weight.op, weight.device), run, restore, rows, run_all)
 
 
 def _lookup(form: int4.Prepared) -> Callable[[Tensor, torch.dtype], Tensor]:

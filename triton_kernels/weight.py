@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .formats.input_select import InputSelection
+from .input_select import reference as select_reference
 
 
 @dataclass(frozen=True)
 class Weight:
     """A compressed weight `[N, K]` in its stored form: `op` names the folder of kernels for it, `settings` its numbers.
 
-    `dtype` is the model's.
+    `dtype` is the model's. Tensors named as in `formats.input_select` say which inputs are read.
     """
 
     op: str
@@ -29,8 +33,24 @@ class Weight:
         return next(iter(self.tensors.values())).device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight `[N, K]` in `dtype`: what every implementation has to reproduce."""
+        """The dense weight `[N, K]` in `dtype`."""
         return self.expand(self.tensors, dtype)
+
+    @property
+    def selection(self) -> InputSelection | None:
+        """What the inputs that are read are chosen by; None when all are."""
+        selection: InputSelection | None = self.stored(InputSelection) if "thresholds" in self.tensors else None
+        return selection
+
+    def linear(self, x: Tensor, bias: Tensor | None, *, masked: bool = True) -> Tensor:
+        """`x` `[..., K]` -> `[..., N]` in x's dtype, expanded and multiplied: what every implementation reproduces.
+
+        `masked=False` reads every input, whatever the selection.
+        """
+        weight, selection = self.dense(x.dtype), self.selection
+        if selection is None:
+            return F.linear(x, weight, bias)
+        return select_reference.linear(x, weight.T, selection, bias, masked=masked)
 
     def stored(self, form: Any) -> Any:
         """The stored tensors as a format's named tuple."""
@@ -41,7 +61,8 @@ class Weight:
 class Prepared:
     """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`; `reason` says why.
 
-    `rows(ids [...], dtype)` are rows `[..., K]` of the weight, where its op is an embedding table too.
+    `rows(ids [...], dtype)` are rows `[..., K]` of the weight, where its op is an embedding table too. `run_all` is
+    `run` with every input read, where `run` selects them.
     """
 
     backend: str
@@ -49,6 +70,7 @@ class Prepared:
     run: Callable[[Tensor, Tensor | None], Tensor]
     restore: Callable[[], Mapping[str, Tensor]]
     rows: Callable[[Tensor, torch.dtype], Tensor] | None = None
+    run_all: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`."""

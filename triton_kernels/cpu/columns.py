@@ -191,13 +191,14 @@ def _select(code: Code, frame: Frame, p: Value, tokens: int, rest: bool) -> None
             wanted = {kind: code.long(0) for kind in lists}
             for m in range(tokens):
                 x = code.load(FLOAT, frame["floats"] + (k * m + row) * 4)
-                kept = (x.absolute() * norm.get()).compare(">", threshold)
-                parts = {"kept": code.select(kept, x, zero), "rest": code.select(kept, zero, x)}
+                # A NaN is not below the threshold: its token reads it.
+                below = (x.absolute() * norm.get()).compare("<=", threshold)
+                parts = {"kept": code.select(below, zero, x), "rest": code.select(below, x, zero)}
                 for kind in lists:
                     code.store(parts[kind], values[kind] + (counts[kind].get() * tokens + m) * 4)
                     # not equal to zero, and a NaN is not
-                    none = code.select(parts[kind].compare("==", 0.0), code.long(0), code.long(1))
-                    wanted[kind] = wanted[kind] | (kept.convert(LONG) if kind == "kept" else none)
+                    left_out = below if kind == "kept" else parts[kind].compare("==", 0.0)
+                    wanted[kind] = wanted[kind] | code.select(left_out, code.long(0), code.long(1))
             for kind in lists:
                 code.store(row, rows[kind] + counts[kind].get() * 8)
                 counts[kind].set(counts[kind].get() + wanted[kind])

@@ -12,7 +12,7 @@ from ..formats.groups_layer import LayerGroups
 from ..formats.integers import Integers
 from ..formats.two_four_int4 import TwoFourInt4
 from ..weight import Layout, Weight
-from . import group_int4, int4, tied, two_four, two_four_int4
+from . import group_int4, int4, select_forms, tied, two_four, two_four_int4
 
 
 def _two_four(weight: Weight) -> two_four.TwoFour:
@@ -68,4 +68,10 @@ LAYOUTS: dict[str, Layout] = {
     "int4": _INTEGERS,
     "tied": _INTEGERS._replace(lookup=tied.lookup),
     "group_int4": Layout(_group_int4, _restore_group_int4, group_int4.linear, lambda form: group_int4.rows(form).n),
+    "input_select": Layout(
+        select_forms.prepare, select_forms.restore, select_forms.linear, lambda form: form.weight.shape[1]
+    ),
+    "input_select_int4": Layout(
+        select_forms.prepare_int4, select_forms.restore_int4, select_forms.linear_int4, lambda form: form.n
+    ),
 }

@@ -108,7 +108,7 @@ def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
     step = max(1, matmul.BLOCK_BYTES // (4 * max(1, weight.padded)))
     for p, (start, stop, _, _) in enumerate(prepared.parts.tolist()):
         size = wide.abs() if norms is None else wide.abs() * norms[p]
-        kept = size > thresholds[p]
+        kept = ~(size <= thresholds[p])
         selected = wide.masked_fill(~kept, 0.0)
         for first in range(0, prepared.k, step):
             rows = slice(first, min(first + step, prepared.k))

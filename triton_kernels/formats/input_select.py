@@ -27,6 +27,11 @@ class InputSelection(NamedTuple):
     U: Tensor | None = None
 
 
+def every_input(device: torch.device) -> InputSelection:
+    """The selection of one part that reads every input that is not zero."""
+    return InputSelection(torch.zeros(1, dtype=torch.int32, device=device))
+
+
 def packed_shapes(
     shape: tuple[int, int], *, parts: int = 1, norms: bool = False, rank: int = 0
 ) -> dict[str, tuple[int, ...]]:

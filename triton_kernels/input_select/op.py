@@ -88,12 +88,10 @@ def register() -> None:
     """Define `halfweight::input_select_gpu`, idempotently."""
     register_operator(
         "input_select_gpu(Tensor x, Tensor weight, Tensor thresholds, Tensor? norms, Tensor? v, Tensor tiles,"
-        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked)"
+        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked=True)"
         " -> Tensor",
         {"CUDA": _operator},
-        lambda x, weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, parts, bias, masked: x.new_empty(
-            (*x.shape[:-1], n)
-        ),
+        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[7])),
     )
 
 
@@ -111,7 +109,7 @@ def _operator(
     rank: int,
     parts: Sequence[int],
     bias: Tensor | None,
-    masked: bool,
+    masked: bool = True,
 ) -> Tensor:
     prepared = Prepared(weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, tuple(parts))
     return linear(x, prepared, bias, masked=masked)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import EVERY_GPU, Launch, Shape
+from ..launch import EVERY_GPU, Launch
 from .layout import TILE, Prepared
 
 MATMUL_FROM = 64  # tokens
@@ -40,7 +40,7 @@ def choose(m: int) -> str:
     return "gemv" if m == 1 else "dot" if m < MATMUL_FROM else "matmul"
 
 
-def can_run(shape: Shape, dtype: torch.dtype, target: str) -> tuple[bool, str]:
+def can_run(shape: tuple[int, int], dtype: torch.dtype, target: str) -> tuple[bool, str]:
     """Whether the kernels take this linear on this GPU, or why not."""
     if target not in EVERY_GPU:
         return False, f"input_select kernels are not built for {target}"

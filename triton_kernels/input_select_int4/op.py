@@ -57,9 +57,9 @@ def register() -> None:
         "input_select_int4_gpu(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? entries, Tensor tiles,"
         " int group_size, int stored_group_size, int segments, int kept, Tensor u, Tensor thresholds, Tensor? norms,"
         " Tensor? v, Tensor u_tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts,"
-        " Tensor? bias, bool masked) -> Tensor",
+        " Tensor? bias, bool masked=True) -> Tensor",
         {"CUDA": _operator},
-        lambda x, *rest: x.new_empty((*x.shape[:-1], rest[16])),
+        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[16])),
     )
 
 
@@ -86,7 +86,7 @@ def _operator(
     rank: int,
     parts: Sequence[int],
     bias: Tensor | None,
-    masked: bool,
+    masked: bool = True,
 ) -> Tensor:
     select = select_layout.Prepared(u, thresholds, norms, v, u_tiles, v_tiles, workspace, n, k, rank, tuple(parts))
     prepared = Prepared(codes, scales, zeros, entries, tiles, select, group_size, stored_group_size, segments, kept)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..input_select import plan as select_plan
 from ..input_select.plan import MATMUL_FROM
-from ..launch import EVERY_GPU, Launch, Shape
-from .layout import Prepared, tile_width
+from ..launch import EVERY_GPU, Launch
+from .layout import TILE, Prepared, tile_width, unsupported
 
 Step = tuple[str, Launch]
 
@@ -49,8 +49,14 @@ def choose(m: int) -> str:
     return "gemv" if m == 1 else "dot" if m < MATMUL_FROM else "matmul"
 
 
-def can_run(shape: Shape, dtype: torch.dtype, target: str) -> tuple[bool, str]:
-    """Whether the kernels take this linear on this GPU, or why not."""
+def can_run(
+    shape: tuple[int, int], dtype: torch.dtype, target: str, group_size: int = TILE, bits: int = 4
+) -> tuple[bool, str]:
+    """Whether the kernels take this linear `(N, K)` on this GPU, or why not."""
+    if bits != 4:
+        return False, f"input_select_int4 kernels take 4 bits, not {bits}"
+    if problem := unsupported(group_size, shape[:1]):
+        return False, problem
     if target not in EVERY_GPU:
         return False, f"input_select_int4 kernels are not built for {target}"
     if dtype not in (torch.float16, torch.bfloat16):
