@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..serving.errors import InputError, did_you_mean
-from ..serving.scheme import FUSED, LinearScheme, parse_nm
+from ..serving.scheme import FUSED, LinearScheme, parse_nm, parse_output_group
 from ..serving.storage import tensor_specs
 from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
@@ -231,8 +231,8 @@ def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Itera
         for group in FUSED:
             if tail in group:
                 scheme = schemes.get(name)
-                if scheme is not None and scheme.balance == "layer":
-                    # How many groups a whole layer keeps grows with its rows; the fused one keeps their sum.
+                if scheme is not None and (scheme.balance == "layer" or parse_output_group(scheme.pattern)):
+                    # How many groups a whole layer, or an input, keeps grows with the rows; fused ones keep their sum.
                     scheme = scheme.model_copy(update={"kept": None, "density": 1.0})
                 if scheme is not None and scheme.low_rank is not None:
                     # Ranks follow the rows too; the fused branch takes the largest, and zeros for the others.
