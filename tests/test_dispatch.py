@@ -74,15 +74,27 @@ def test_a_wrong_kernel_is_switched_off_and_says_so(monkeypatch: pytest.MonkeyPa
 
 
 def test_nan_is_no_agreement() -> None:
-    assert not trust.record("op.kernel", CPU, float("nan"), 1.0)
+    assert not trust.record("op.kernel", CPU, float("nan"), 1.0, 1)
     assert trust.may_run("op.kernel", CPU)[0] is False
 
 
 def test_inline_assembly_waits_for_its_check() -> None:
     allowed, reason = trust.may_run("two_four.mma_sp", torch.device("cuda"), inline_asm=True)
     assert not allowed and "has not passed warmup's check on cuda" in reason
-    assert trust.record("two_four.mma_sp", torch.device("cuda"), 1e-4, 3e-3)
+    assert trust.record("two_four.mma_sp", torch.device("cuda"), 1e-4, 3e-3, 12)
     assert trust.may_run("two_four.mma_sp", torch.device("cuda"), inline_asm=True) == (True, "")
+
+
+def test_inline_assembly_runs_for_the_tokens_it_was_checked_with() -> None:
+    def runs(tokens: int) -> bool:
+        return trust.may_run("int4.fragment", CPU, inline_asm=True, tokens=tokens)[0]
+
+    trust.record("int4.fragment", CPU, 0.0, 1.0, 3)
+    trust.record("int4.fragment", CPU, 0.0, 1.0, 12)
+    assert [tokens for tokens in range(1, 40) if runs(tokens)] == [3, 4, *range(9, 17)]
+    assert "for 5 tokens" in trust.may_run("int4.fragment", CPU, inline_asm=True, tokens=5)[1]
+    trust.record("int4.fragment", CPU, 2.0, 1.0, 64)
+    assert not any(runs(tokens) for tokens in range(1, 70))
 
 
 def test_odd_dtypes_and_missing_compilers_fall_back_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
             first_line = str(failure).strip().partition("\n")[0]
             trust.refuse(kernel, device, f"{kernel} does not run on {device}: {first_line}")
         else:
-            trust.record(kernel, device, error, TOLERANCE[dtype])
+            trust.record(kernel, device, error, TOLERANCE[dtype], tokens)
 
     assembly = _gpu().assembly_for(weight, dtype, tokens) if chosen.backend == "triton" else None
     if assembly is None:

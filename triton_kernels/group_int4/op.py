@@ -43,7 +43,7 @@ def linear(
     """
     tokens = pad_columns(x.reshape(-1, prepared.columns), prepared.group)
     m, target = tokens.shape[0], device_target(x.device)
-    asm, _ = trust.may_run("group_int4.fragment", x.device, inline_asm=True)
+    asm, _ = trust.may_run("group_int4.fragment", x.device, inline_asm=True, tokens=m)
     kernel = kernel or choose(m, prepared.rows, prepared.columns, x.dtype, target, asm)
     y = tokens.new_empty((m, prepared.rows))
     if kernel == "expand":

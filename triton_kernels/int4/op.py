@@ -53,7 +53,7 @@ def linear(
     """
     tokens = pad_columns(x.reshape(-1, prepared.columns))
     m, target = tokens.shape[0], device_target(x.device)
-    asm, _ = trust.may_run("int4.fragment", x.device, inline_asm=True)
+    asm, _ = trust.may_run("int4.fragment", x.device, inline_asm=True, tokens=m)
     kernel = kernel or choose(m, prepared.rows, prepared.columns, x.dtype, target, asm)
     y = tokens.new_empty((m, prepared.rows))
     if kernel == "expand":

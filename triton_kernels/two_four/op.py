@@ -31,7 +31,7 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, scratch: T
         raise ValueError(f"the weight is {prepared.dtype}, x is {x.dtype}")
     tokens = x.reshape(-1, prepared.k).contiguous()
     m, target = len(tokens), device_target(x.device)
-    asm, _ = trust.may_run("two_four.mma_sp", x.device, inline_asm=True)
+    asm, _ = trust.may_run("two_four.mma_sp", x.device, inline_asm=True, tokens=m)
     name = choose(m, prepared.n, prepared.k, x.dtype, target, asm)
     if name == "expand":
         y = F.linear(tokens, expand(prepared, scratch), bias)
