@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfweight.triton_kernels.formats.bits import to_bits
 from halfweight.triton_kernels.formats.input_select import InputSelection
-from halfweight.triton_kernels.input_select import layout, op, plan, reference
+from halfweight.triton_kernels.input_select import layout, op, plan, reference, split
 from halfweight.triton_kernels.input_select.op import KERNELS
 from halfweight.triton_kernels.launch import Shape
 
@@ -263,9 +263,9 @@ def test_reference_is_the_definition() -> None:
 def test_heuristics_cover_every_input_and_fit_the_workspace() -> None:
     for m in range(1, 64):
         for n, k in ((1, 1), (576, 576), (1024, 4096), (4096, 4096), (6144, 4096), (4096, 14336), (28672, 8192)):
-            chosen = plan.split(m, -(-n // layout.TILE), k)
+            chosen = split.split(m, -(-n // split.TILE), k)
             assert (chosen.slices - 1) * chosen.slice_k < k <= chosen.slices * chosen.slice_k
-            assert sum(plan.partial_sizes(m, n, k, 64, 1)) <= layout.workspace_size(n, k, 64, 1)
+            assert sum(split.partial_sizes(m, n, k, 64, 1)) <= split.workspace_size(n, k, 64, 1)
 
 
 def test_operator_has_a_fake() -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..formats.bits import from_bits, to_bits
 from ..formats.input_select import InputSelection
 from .reference import part_columns
-
-TILE = 32  # columns; 64 bytes of a row, the least that DRAM delivers
+from .split import TILE, workspace_size
 
 
 class Prepared(NamedTuple):
@@ -133,10 +132,3 @@ def tile_table(parts: Sequence[int], tile: int = TILE) -> Tensor:
 def count_tiles(parts: Sequence[int], tile: int = TILE) -> int:
     """Tiles of parts with these sizes."""
     return sum(-(-size // tile) for size in parts)
-
-
-def workspace_size(n: int, k: int, rank: int, parts: int) -> int:
-    """fp32 numbers that any launch over up to 63 tokens needs for a linear of this size."""
-    from .plan import partial_sizes  # the heuristics live there
-
-    return max(sum(partial_sizes(m, n, k, rank, parts)) for m in (1, 16, 32, 63)) or 4

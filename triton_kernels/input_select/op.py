@@ -19,8 +19,6 @@ from .plan import (
     MATMUL_FROM,
     can_run,
     choose,
-    dot_split,
-    gemv_split,
     plan,
     plan_dot,
     plan_gemv,
@@ -29,6 +27,7 @@ from .plan import (
     workspaces,
 )
 from .reference import selected
+from .split import dot_split, gemv_split
 
 __all__ = [
     "KERNELS",

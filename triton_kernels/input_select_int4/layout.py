@@ -28,6 +28,7 @@ from ..formats.input_select import InputSelection
 from ..formats.integers import Integers
 from ..input_select import layout as select_layout
 from ..input_select.layout import tile_table
+from .split import workspace_size
 
 TILE = 128  # columns of a tile, at most
 MIDDLE = 8
@@ -231,10 +232,3 @@ def _stored_groups(prepared: Prepared) -> Tensor:
     assert prepared.entries is not None
     group = torch.arange(tile_width(prepared.group_size) // prepared.group_size, device=prepared.codes.device)
     return (prepared.entries.transpose(-1, -2)[..., None] >> group & 1) > 0
-
-
-def workspace_size(n: int, k: int, rank: int, parts: int, tiles: int) -> int:
-    """fp32 numbers that any launch over up to 63 tokens needs."""
-    from .plan import regions  # the heuristics live there
-
-    return max(regions(m, n, k, rank, parts, tiles).total for m in (1, 16, 32, 63))

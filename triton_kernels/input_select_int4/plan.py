@@ -16,22 +16,9 @@ from ..input_select import plan as select_plan
 from ..input_select.plan import MATMUL_FROM
 from ..launch import EVERY_GPU, Launch
 from .layout import TILE, Prepared, tile_width, unsupported
+from .split import chunk_size, regions
 
 Step = tuple[str, Launch]
-
-
-class Regions(NamedTuple):
-    """Sizes, in fp32 numbers, of what shares the workspace: see `Lists`."""
-
-    z: int
-    rows: int
-    counts: int
-    values: int
-    partial: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 class Lists(NamedTuple):
@@ -62,23 +49,6 @@ def can_run(
     if dtype not in (torch.float16, torch.bfloat16):
         return False, f"input_select_int4 needs fp16 or bf16, got {str(dtype).removeprefix('torch.')}"
     return True, ""
-
-
-def chunk_size(k: int, tiles: int) -> int:
-    """Inputs of a chunk: 4096, halved until there are enough programs for a GPU, down to 256."""
-    chunk = 4096
-    while chunk > 256 and (tiles * -(-k // chunk) < 128 or chunk >= 2 * k):
-        chunk //= 2
-    return chunk
-
-
-def regions(m: int, n: int, k: int, rank: int, parts: int, tiles: int) -> Regions:
-    """What `m` tokens below MATMUL_FROM take of the workspace; every region is a multiple of 16 bytes."""
-    chunk = chunk_size(k, tiles)
-    chunks = -(-k // chunk)
-    z, _ = select_plan.partial_sizes(m, n, k, rank, parts)
-    sizes = (z, parts * chunks * chunk, parts * chunks, -(-parts * chunks * m * chunk // 2), chunks * m * n)
-    return Regions(*(-(-size // 4) * 4 for size in sizes))
 
 
 def lists(prepared: Prepared, m: int, dtype: torch.dtype) -> Lists:
