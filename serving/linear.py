@@ -132,7 +132,8 @@ class CompressedLinear(CompressedWeight):
     """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None.
 
     A low-rank branch adds `(x @ V) @ U.T`: buffers `V` `[1, K, rank]` and `U` `[N, rank]`, or two linears of integers.
-    With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`.
+    With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`. The first
+    `dense_tokens` of a sequence `[..., T, K]` read every input then.
     """
 
     bias: Tensor | None
@@ -151,6 +152,7 @@ class CompressedLinear(CompressedWeight):
         """Raises FormatError when a linear of this shape cannot be stored so."""
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
+        self.dense_tokens = 0
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         branch = scheme.added_branch
         if branch is None:
@@ -167,6 +169,9 @@ class CompressedLinear(CompressedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
+        if self.dense_tokens and prepared.run_all is not None:
+            first, rest = x[..., : self.dense_tokens, :], x[..., self.dense_tokens :, :]
+            return torch.cat((prepared.run_all(first, self.bias), prepared(rest, self.bias)), dim=-2)
         y = prepared(x, self.bias)
         return y if self.scheme.added_branch is None else y + self._branch(x)
 

@@ -67,7 +67,7 @@ class SelectionSettings(BaseModel):
         return self._beside(weight, LowRankScheme(rank=rank)) if rank else selecting
 
     def split(self, shape: tuple[int, int], scheme: LinearScheme) -> Split:
-        """Inputs and rank for a linear of `shape` `(N, K)`; a 16-bit branch has whole ranks, inputs take what is left.
+        """Inputs and rank for a linear of `shape` `(N, K)`: the nearest whole rank, and inputs for what that leaves.
 
         Raises ValueError when norms and threshold alone are more than may be read.
         """
@@ -75,11 +75,12 @@ class SelectionSettings(BaseModel):
         beside = 32 + 32 * k * norms
         plain = scheme.model_copy(update={"low_rank": None})
         total = stored_bits(plain, shape, torch.bfloat16) - beside
-        rank = round((1 - self.channels) * (1 - self.sparsity) * total / (16 * (n + k)))
-        inputs = 1 - self.sparsity - (beside + 16 * rank * (n + k)) / total
-        if inputs < 0:
-            raise ValueError(f"sparsity {self.sparsity:g} leaves no bytes for inputs; lower it or raise channels")
-        return Split(inputs, rank)
+        spent = (1 - self.sparsity) * total
+        if spent < beside:
+            raise ValueError(f"sparsity {self.sparsity:g} leaves no bytes for inputs beside their norms; lower it")
+        rank_bits = 16 * (n + k)
+        rank = min(round((1 - self.channels) * spent / rank_bits), int((spent - beside) / rank_bits))
+        return Split((spent - beside - rank * rank_bits) / total, rank)
 
     def _beside(self, weight: LinearScheme, branch: LowRankScheme | None) -> LinearScheme:
         selection = SelectionScheme(norms=self.score != "size")
