@@ -98,7 +98,8 @@ def compress_checkpoint(
     run = _Run(walker, stages, recipe.embeddings, windows, journal, progress)
     resumed = run.all_blocks()
 
-    scheme = ArtifactConfig(linears={name: stage.scheme(shapes[name]) for name, stage in stages.items()})
+    schemes = {name: stage.scheme(shapes[name]) for name, stage in stages.items()}
+    scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
     if recipe.embeddings is not None:
         integers = recipe.embeddings.integers()
         heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}

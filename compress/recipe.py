@@ -57,6 +57,8 @@ class Embeddings(IntegerSettings):
 class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, and integers for the `embeddings`.
 
+    `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
+
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.
     """
@@ -67,6 +69,7 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
+    prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
 
     @classmethod

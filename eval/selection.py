@@ -21,7 +21,7 @@ class Reading:
         self._read = self._whole = 0.0
 
     def add(self, module: CompressedLinear, inputs: float) -> None:
-        """Count a token that reads the share `inputs` of a linear's inputs; sums over tokens will do."""
+        """Count a window whose tokens read the share `inputs` of a linear's inputs on average."""
         self._read += inputs * _weight_bytes(module) + _bytes_beside(module)
         self._whole += _weight_bytes(module)
 
@@ -34,20 +34,21 @@ class Reading:
 
 @contextmanager
 def selecting_tokens(model: nn.Module, dense_tokens: int) -> Iterator[Reading]:
-    """Within the `with`, the first `dense_tokens` of every sequence read all inputs; the others are counted.
+    """Within the `with`, the first `dense_tokens` of every sequence read all inputs; the others select, and are counted.
 
-    Sequences are `[..., T, K]` inputs of the linears.
+    Sequences are `[..., T, K]` inputs of the linears. It does not matter what the checkpoint says about prefill.
     """
     reading = Reading()
     modules = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.scheme.selection is not None]
     handles = [module.register_forward_pre_hook(_counter(module, dense_tokens, reading)) for module in modules]
+    prefill = [module.dense_prefill for module in modules]
     for module in modules:
-        module.dense_tokens = dense_tokens
+        module.dense_tokens, module.dense_prefill = dense_tokens, False
     try:
         yield reading
     finally:
-        for module, handle in zip(modules, handles, strict=True):
-            module.dense_tokens = 0
+        for module, handle, dense in zip(modules, handles, prefill, strict=True):
+            module.dense_tokens, module.dense_prefill = 0, dense
             handle.remove()
 
 

@@ -158,6 +158,22 @@ def test_the_loaded_model_selects_as_defined(selected: Path, llama: Path, tmp_pa
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
 
 
+def test_a_dense_prefill_reads_everything_but_in_decoding(
+    selected: Path, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = recipe(text_file, score="l2", channels=0.8).model_copy(update={"prefill": "dense"})
+    compress_checkpoint(llama, settings, tmp_path / "out")
+    masked, prefill = (halfweight.load(folder, dtype="float32") for folder in (selected, tmp_path / "out"))
+    ids = torch.arange(24)[None] % 7 + 3
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(prefill(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(prefill(ids[:, :1]).logits, masked(ids[:, :1]).logits)
+        with selecting_tokens(prefill, 0):  # scores never depend on it
+            torch.testing.assert_close(prefill(ids).logits, masked(ids).logits)
+        torch.testing.assert_close(prefill(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_inspect_names_the_kernels(selected: Path) -> None:
     inspection = halfweight.inspect_checkpoint(selected, device="cpu", dtype="float32")
     assert {(layer.backend, layer.reason) for layer in inspection.layers} == {("cpu", "input_select kernels")}
