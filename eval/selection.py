@@ -34,7 +34,7 @@ class Reading:
 
 @contextmanager
 def selecting_tokens(model: nn.Module, dense_tokens: int) -> Iterator[Reading]:
-    """Within the `with`, the first `dense_tokens` of every sequence read all inputs; the others select, and are counted.
+    """Within the `with`, the first `dense_tokens` of every sequence read all inputs; the others select and count.
 
     Sequences are `[..., T, K]` inputs of the linears. It does not matter what the checkpoint says about prefill.
     """
