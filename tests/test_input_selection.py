@@ -15,6 +15,7 @@ from halfweight import InputError, Recipe, compress_checkpoint
 from halfweight.compress.passes import selection
 from halfweight.compress.passes.base import SelectionSettings
 from halfweight.compress.passes.low_rank import largest_singular
+from halfweight.compress.plan import plan
 from halfweight.compress.quantiles import QuantileSketch
 from halfweight.eval.perplexity import evaluate
 from halfweight.eval.selection import selecting_tokens
@@ -183,6 +184,29 @@ def test_inspect_names_the_kernels(selected: Path) -> None:
     stored = sum(8 * t.nbytes for module in linears for t in module.stored().values())
     weights = sum(module.shape[0] * module.shape[1] for module in linears)
     assert inspection.effective_bits == pytest.approx(stored / weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "numbers"),
+    [
+        ({"pass": "gptq", "bits": 8, "group_size": 16, "along": "outputs"}, "int8 g16 along outputs, inputs by |x|"),
+        ({"pass": "gqsa", "pattern": "8x1", "density": 0.5}, "int4 g8 along outputs, inputs by |x|"),
+        ({"pass": "wanda", "pattern": "2:4"}, "bfloat16, inputs by |x|"),
+    ],
+    ids=["int8", "8x1", "2:4"],
+)
+def test_any_pass_may_select(stage: dict[str, Any], numbers: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"data": str(text_file), "samples": 4, "seqlen": 32}
+    stage = {**stage, "selection": {"sparsity": 0.4, "channels": 0.7}}
+    settings = Recipe.parse({"calibration": calibration, "stages": [stage]})
+    report = compress_checkpoint(llama, settings, tmp_path / "out", dtype="float32")  # which reloads and compares
+    inspection = halfweight.inspect_checkpoint(tmp_path / "out", device="cpu", dtype="float32")
+    assert {layer.backend for layer in inspection.layers} == {"cpu"}
+    assert inspection.layers[-1].numbers.startswith(numbers) and "rank" in inspection.layers[-1].numbers
+    planned = plan(llama, settings)
+    assert planned.effective_bits == pytest.approx(report.effective_bits) == pytest.approx(inspection.effective_bits)
+    for layer in report.layers:
+        assert layer.stats["inputs_wanted"] == pytest.approx(layer.stats["inputs_read"], abs=0.2)
 
 
 def test_scoring_says_what_was_selected(selected: Path, llama: Path, text_file: Path) -> None:
