@@ -19,6 +19,10 @@ def evaluate(
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Score only the first N windows; default: all.")] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    sparse_tokens: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of a window's tokens, from its end, that select their inputs."),
+    ] = 0.99,
     json: options.Json = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -49,6 +53,7 @@ def evaluate(
             seqlen=seqlen,
             device=device,
             dtype=dtype,
+            sparse_tokens=sparse_tokens,
             progress=lambda done, total: progress(Progress("eval", done, total)),
         )
     result = result.model_copy(update={"model": source.name})
@@ -59,4 +64,7 @@ def evaluate(
     rows.add_row("text", f"{result.text}: {result.windows} windows of {result.seqlen}, {result.tokens} tokens scored")
     rows.add_row("first token", "replaced by BOS" if result.bos else "as in the text")
     rows.add_row("computed in", f"{result.dtype} on {result.device}, {human_seconds(result.seconds)}")
+    if result.bytes_read_fraction is not None:
+        read = f"{result.bytes_read_fraction:.1%} of their bytes, by {result.sparse_tokens:.1%} of the tokens"
+        rows.add_row("selecting linears read", read)
     out.print(rows)

@@ -17,19 +17,20 @@ from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.linear import expand_linears
+from ..serving.linear import SelectingLinear, expand_linears
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from ..serving.storage import effective_weight, pack_branch, pack_weight
+from ..serving.storage import effective_weight, pack_branch, pack_selection, pack_weight, selection_of
 from ..serving.tables import Table
+from ..triton_kernels.input_select import reference as select_reference
 from . import vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
 from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
-from .passes import PASSES, StageConfig, low_rank, needs_of
+from .passes import PASSES, StageConfig, low_rank, needs_of, selection
 from .passes.hessian import HessianError
 from .recipe import Embeddings, Recipe
 from .report import (
@@ -97,7 +98,8 @@ def compress_checkpoint(
     run = _Run(walker, stages, recipe.embeddings, windows, journal, progress)
     resumed = run.all_blocks()
 
-    scheme = ArtifactConfig(linears={name: stage.scheme(shapes[name]) for name, stage in stages.items()})
+    schemes = {name: stage.scheme(shapes[name]) for name, stage in stages.items()}
+    scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
     if recipe.embeddings is not None:
         integers = recipe.embeddings.integers()
         heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
@@ -205,7 +207,7 @@ class _Run:
         walker, part = self.walker, part_name(index)
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
-            linears = {n: m for n, m in walker.block_linears(index).items() if n in self.stages}
+            linears = self._linears_of(index)
             first, *others = self.dev_dense
             groups = input_groups(linears, lambda: self._propagate(index, block, [first]))
             self._propagate(index, block, others)
@@ -222,6 +224,15 @@ class _Run:
                 self.layers += layers
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
         return entry is not None
+
+    def _linears_of(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of block `index` to work on, those that will select their inputs ready to do so."""
+        linears = {n: m for n, m in self.walker.block_linears(index).items() if n in self.stages}
+        for name, linear in linears.items():
+            if self.stages[name].selection is not None:
+                linears[name] = SelectingLinear.like(linear)
+                self.walker.model.set_submodule(name, linears[name])
+        return linears
 
     def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
         """Replace the block's inputs in `stream` by its outputs."""
@@ -246,17 +257,18 @@ class _Run:
             for group in groups:
                 hessian = any(needs_of(self.stages[name]) == "hessian" for name in group)
                 statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
-                for forward in calibration:
-                    statistics.add(forward.run_to(group[0]))
-                held_out = torch.cat([spread_rows(forward.run_to(group[0]), 256 // len(dev)) for forward in dev])
+                # The paused passes hold these tensors themselves.
+                seen, unseen = ([forward.run_to(group[0]) for forward in passes] for passes in (calibration, dev))
+                for x in seen:
+                    statistics.add(x)
                 release_memory()  # the solvers need other sizes than the forward passes left behind
                 for name in group:
-                    layer, tensors = self._solve_linear(name, linears[name], statistics, held_out)
+                    layer, tensors = self._solve_linear(name, linears[name], statistics, seen, unseen)
                     layers.append(layer)
                     packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
                     done = f"{name.removeprefix(prefix + '.')} {describe_errors(layer)}"
                     self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
-                del statistics
+                del statistics, seen, unseen
                 release_memory()  # and the other way round
             # Nobody calibrates on the last block's outputs.
             unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
@@ -265,9 +277,17 @@ class _Run:
         return layers, packed
 
     def _solve_linear(
-        self, name: str, linear: nn.Linear, statistics: InputStatistics, held_out: Tensor
+        self,
+        name: str,
+        linear: nn.Linear,
+        statistics: InputStatistics,
+        seen: Sequence[Tensor],
+        unseen: Sequence[Tensor],
     ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Solve one linear and give it the weights that its stored tensors, also returned, stand for."""
+        """Solve one linear and make it what its stored tensors, also returned, stand for.
+
+        `seen` and `unseen` `[..., K]` are its inputs on the calibration and on the dev set.
+        """
         stage = self.stages[name]
         statistics.require_usable(name)
         weight = linear.weight.float()
@@ -290,8 +310,17 @@ class _Run:
             v, u, codes = result.branch
             packed |= pack_branch(scheme.low_rank, v.to(stored), u.to(stored), codes)
         rounded = effective_weight(scheme, packed, shape, linear.weight.dtype)
-        error = relative_error(held_out.float(), weight, rounded.float())
         linear.weight = nn.Parameter(rounded, requires_grad=False)
+        held_out = torch.cat([spread_rows(x, 256 // len(unseen)) for x in unseen])
+        stats, got = result.stats, held_out.float() @ rounded.float().T
+        if stage.selection is not None and isinstance(linear, SelectingLinear):
+            chosen = selection.choose(rounded.float(), seen, stage.selection, scheme, stored)
+            packed |= pack_selection(scheme, chosen)
+            linear.selection = selection_of(scheme, packed)
+            assert linear.selection is not None  # the scheme has one
+            got = select_reference.linear(held_out.float(), rounded.float().T, linear.selection)
+            stats = stats | selection.reading(unseen, linear.selection, stage.selection, scheme, shape)
+        error = relative_error(got, held_out.float() @ weight.T)
         layer = LayerReport(
             name=name,
             shape=shape,
@@ -300,7 +329,7 @@ class _Run:
             numbers=scheme.numbers,
             density=float(result.mask.float().mean()),
             error=error,
-            stats=result.stats,
+            stats=stats,
         )
         return layer, packed
 
@@ -310,8 +339,11 @@ class _Run:
         for name, linear in linears.items():
             suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
             shape = (linear.out_features, linear.in_features)
-            weight = effective_weight(self.stages[name].scheme(shape), suffixes, shape, linear.weight.dtype)
-            linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
+            scheme, device = self.stages[name].scheme(shape), linear.weight.device
+            weight = effective_weight(scheme, suffixes, shape, linear.weight.dtype)
+            linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+            if isinstance(linear, SelectingLinear):
+                linear.selection = selection_of(scheme, {key: tensor.to(device) for key, tensor in suffixes.items()})
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
         """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.
@@ -350,11 +382,10 @@ def describe_errors(layer: LayerReport) -> str:
     return f"{text} (on calibration inputs {pruned:.4f} pruned, {layer.stats['error']:.4f} as {layer.numbers})"
 
 
-def relative_error(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
-    """||x (W' - W)^T||^2 / ||x W^T||^2 for inputs `x` `[tokens, K]` and weights `[N, K]`; 0 when both are zero."""
-    wanted = float((x @ weight.T).square().sum())
-    lost = float((x @ (compressed - weight).T).square().sum())
-    return lost / wanted if wanted else 0.0
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||y' - y||^2 / ||y||^2 of outputs y' and y; 0 when both are zero."""
+    size = float(wanted.square().sum())
+    return float((got - wanted).square().sum()) / size if size else 0.0
 
 
 def spread_rows(x: Tensor, rows: int) -> Tensor:

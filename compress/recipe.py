@@ -57,6 +57,8 @@ class Embeddings(IntegerSettings):
 class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, and integers for the `embeddings`.
 
+    `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
+
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.
     """
@@ -67,6 +69,7 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
+    prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
 
     @classmethod
@@ -234,6 +237,8 @@ def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Itera
                 if scheme is not None and (scheme.balance == "layer" or parse_output_group(scheme.pattern)):
                     # How many groups a whole layer, or an input, keeps grows with the rows; fused ones keep their sum.
                     scheme = scheme.model_copy(update={"kept": None, "density": 1.0})
+                if scheme is not None and scheme.selection is not None:
+                    scheme = scheme.model_copy(update={"low_rank": None})  # small ranks may even round to none
                 if scheme is not None and scheme.low_rank is not None:
                     # Ranks follow the rows too; the fused branch takes the largest, and zeros for the others.
                     branch = scheme.low_rank.model_copy(update={"rank": 1})

@@ -16,6 +16,7 @@ from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
+from .selection import selecting_tokens
 from .text import bos_token, builtin_text, consecutive_windows, read_text, tokenize
 
 
@@ -23,7 +24,9 @@ class Perplexity(BaseModel):
     """Result of `evaluate`. `tokens` were scored: each of `windows` windows of `seqlen` scores all but its first.
 
     `bos` says whether the first token of every window was replaced by BOS; `standard_error` is of the perplexity, from
-    the spread of the windows' mean losses (None for one window); `seconds` excludes loading.
+    the spread of the windows' mean losses (None for one window); `seconds` excludes loading. Where linears select their
+    inputs, the last share `sparse_tokens` of a window's tokens do, and read `bytes_read_fraction` (see `Reading`) of
+    those linears each; both are None for other models.
     """
 
     model: str
@@ -37,6 +40,8 @@ class Perplexity(BaseModel):
     dtype: str
     device: str
     seconds: float
+    sparse_tokens: float | None = None
+    bytes_read_fraction: float | None = None
 
 
 def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
@@ -85,12 +90,14 @@ def evaluate(
     seqlen: int = 1024,
     device: str = "auto",
     dtype: str = "auto",
+    sparse_tokens: float = 0.99,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a checkpoint folder, dense or compressed, on `text` (a file; default: the shipped held-out text).
 
     The text is tokenized once and cut into non-overlapping windows of `seqlen` tokens, of which the first `windows`
-    (default: all) are scored; for tokenizers that add BOS, a window's first token is replaced by it. `progress(done,
+    (default: all) are scored; for tokenizers that add BOS, a window's first token is replaced by it. In linears that
+    select their inputs, all but the last share `sparse_tokens` of a window's tokens read every input. `progress(done,
     total)` is called after each window. Raises InputError for a bad folder, text, device or dtype.
     """
     import time
@@ -107,10 +114,12 @@ def evaluate(
     network = load(model, device, dtype)
     begin = time.monotonic()
     losses = []
-    for index, window in enumerate(chosen):
-        losses.append(window_losses(network, window).cpu())
-        if progress is not None:
-            progress(index + 1, len(chosen))
+    dense_tokens = seqlen - round(sparse_tokens * seqlen)
+    with selecting_tokens(network, dense_tokens) as reading:
+        for index, window in enumerate(chosen):
+            losses.append(window_losses(network, window).cpu())
+            if progress is not None:
+                progress(index + 1, len(chosen))
     perplexity, standard_error = summarize(losses)
     return Perplexity(
         model=str(model),
@@ -124,6 +133,8 @@ def evaluate(
         dtype=str(network.dtype).removeprefix("torch."),
         device=str(network.device),
         seconds=time.monotonic() - begin,
+        sparse_tokens=None if reading.fraction is None else 1 - dense_tokens / seqlen,
+        bytes_read_fraction=reading.fraction,
     )
 
 

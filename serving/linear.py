@@ -19,6 +19,8 @@ from . import storage
 from .errors import InputError
 from .scheme import LinearScheme
 
+Run = Callable[[Tensor, Tensor | None], Tensor]
+
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
 _CHANGING = threading.Lock()
 
@@ -132,7 +134,8 @@ class CompressedLinear(CompressedWeight):
     """`y = x @ W.T + bias` with `W` `[out_features, in_features]` stored as `scheme` says, and `bias` `[N]` or None.
 
     A low-rank branch adds `(x @ V) @ U.T`: buffers `V` `[1, K, rank]` and `U` `[N, rank]`, or two linears of integers.
-    With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`.
+    With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`. The first
+    `dense_tokens` of a sequence `[..., T, K]` read every input then, and with `dense_prefill` all do unless T is 1.
     """
 
     bias: Tensor | None
@@ -151,6 +154,7 @@ class CompressedLinear(CompressedWeight):
         """Raises FormatError when a linear of this shape cannot be stored so."""
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
+        self.dense_tokens, self.dense_prefill = 0, False
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         branch = scheme.added_branch
         if branch is None:
@@ -167,8 +171,18 @@ class CompressedLinear(CompressedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
+        if prepared.run_all is not None and (self.dense_tokens or self.dense_prefill) and x.ndim > 1:
+            return self._partly_dense(x, prepared.run_all, prepared.run)
         y = prepared(x, self.bias)
         return y if self.scheme.added_branch is None else y + self._branch(x)
+
+    def _partly_dense(self, x: Tensor, run_all: Run, run: Run) -> Tensor:
+        tokens = x.shape[-2]
+        first = tokens if self.dense_prefill and tokens > 1 else min(self.dense_tokens, tokens)
+        if first == tokens:
+            return run_all(x, self.bias)
+        rest = run(x[..., first:, :], self.bias)
+        return torch.cat((run_all(x[..., :first, :], self.bias), rest), dim=-2) if first else rest
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with its zeros, plus the share of a low-rank branch that all inputs pass through."""
@@ -206,6 +220,13 @@ class SelectingLinear(nn.Linear):
         if self.selection is None:
             return super().forward(x)
         return select_reference.linear(x, self.weight.T, self.selection, self.bias)
+
+
+def read_all_in_prefill(model: nn.Module) -> None:
+    """Let the linears of `model` that select their inputs read all of them where a sequence brings several tokens."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.dense_prefill = True
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:

@@ -264,7 +264,8 @@ class ArtifactConfig(BaseModel):
     """`quantization_config` of a halfweight checkpoint: plain JSON, one scheme per compressed linear.
 
     `embedding` says how the input embedding's rows are stored, as integers in groups along the hidden size; a head tied
-    to it reads the same tensors. A head of its own is one of `linears`.
+    to it reads the same tensors. A head of its own is one of `linears`. With `prefill: dense`, linears that select
+    their inputs read all of them whenever a sequence brings more than one token.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -273,6 +274,7 @@ class ArtifactConfig(BaseModel):
     format_version: int = FORMAT_VERSION
     linears: dict[str, LinearScheme]
     embedding: IntegerScheme | None = None
+    prefill: Literal["masked", "dense"] = "masked"
 
     @field_validator("embedding")
     @classmethod
@@ -285,6 +287,8 @@ class ArtifactConfig(BaseModel):
         """Plain JSON for config.json: schemes without the settings that do not apply to them."""
         linears = {name: scheme.model_dump(exclude_defaults=True) for name, scheme in self.linears.items()}
         data = {"quant_method": self.quant_method, "format_version": self.format_version, "linears": linears}
+        if self.prefill != "masked":
+            data["prefill"] = self.prefill
         return data if self.embedding is None else {**data, "embedding": self.embedding.model_dump(exclude={"along"})}
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint import INDEX_NAME, WEIGHTS_STEM, Checkpoint, read_header
 from .errors import InputError
-from .linear import check_weights
+from .linear import check_weights, read_all_in_prefill
 from .scheme import QUANT_METHOD, ArtifactConfig
 from .skeleton import check_stored, swap_modules
 
@@ -65,6 +65,8 @@ def register(registry: ModuleType) -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             check_weights(model, model.config.name_or_path or "model")
+            if self.quantization_config.artifact.prefill == "dense":
+                read_all_in_prefill(model)
             _save_under_own_names(model)
             return model
 

@@ -21,6 +21,7 @@ from halfweight.serving.warmup import expect, explain, warmup
 from halfweight.triton_kernels import dispatch, gpu, trust
 from halfweight.triton_kernels.launch import Kernel, Launch
 from halfweight.triton_kernels.simulate.interpreter import interpret
+from test_selection import SELECTED, close, example, expected
 from test_storage import SCHEMES, K, N, module, packed
 
 CPU = torch.device("cpu")
@@ -76,6 +77,25 @@ def test_reproduces_the_reference_or_says_why_not(name: str, launched: list[str]
         assert not launched and ("groups of a multiple of 32" in reason or "take 4 bits, not 8" in reason)
     for key, tensor in linear.stored().items():  # bit for bit
         assert torch.equal(tensor, stored[key]) and tensor.dtype == stored[key].dtype
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_selected_inputs_reproduce_the_definition(name: str, launched: list[str]) -> None:
+    scheme, tensors, dense = example(name)
+    linear = module(scheme, tensors).half()
+    tensors = {key: tensor.clone() for key, tensor in linear.stored().items()}
+    for tokens in (1, 3):
+        x = torch.randn(tokens, K).half()
+        assert close(linear(x), expected(x, dense, tensors), 3e-3)
+    chosen = linear.implementation()
+    assert chosen is not None and chosen.run_all is not None
+    if scheme.integers is not None and scheme.integers.bits == 8:
+        assert chosen.backend == "reference" and chosen.reason == "input_select_int4 kernels take 4 bits, not 8"
+    else:
+        assert chosen.backend == "triton" and launched[-1].startswith("input_select")
+    assert close(chosen.run_all(x, None), x.double() @ dense.T, 3e-3)
+    for key, tensor in linear.stored().items():
+        assert torch.equal(tensor, tensors[key]) and tensor.dtype == tensors[key].dtype
 
 
 def test_inline_assembly_runs_once_it_has_passed(launched: list[str]) -> None:

@@ -118,6 +118,7 @@ def test_written_recipes_spell_out_defaults() -> None:
         "targets": ["*"],
         "ignore": [],
         "low_rank": None,
+        "selection": None,
         "pattern": "2:4",
         "density": None,
         "scope": "row",
@@ -194,13 +195,14 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         ("stages:\n  - pass: wander\n", ":2: stages[0].pass: unknown pass 'wander'; did you mean 'wanda'?"),
         (
             "stages:\n  - targets: [x]\n    pass: awq\n",
-            ":3: stages[0].pass: unknown pass 'awq'; choose from admm, gptq, gqsa, magnitude, rtn, sparsegpt, wanda",
+            ":3: stages[0].pass: unknown pass 'awq'; choose from admm, gptq, gqsa, keep, magnitude, rtn,"
+            " sparsegpt, wanda",
         ),
         ("stages:\n  - pass: [wanda]\n", ":2: stages[0].pass: unknown pass"),
         (
             'stages:\n  - pass: wanda\n  - pattern: "2:4"\n',
-            ":3: stages[1]: a stage needs the key `pass`; choose from admm, gptq, gqsa, magnitude, rtn, sparsegpt,"
-            " wanda",
+            ":3: stages[1]: a stage needs the key `pass`; choose from admm, gptq, gqsa, keep, magnitude, rtn,"
+            " sparsegpt, wanda",
         ),
         # Patterns.
         (

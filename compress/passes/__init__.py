@@ -11,6 +11,8 @@ from .gptq.config import GPTQConfig
 from .gptq.solver import solve as _gptq
 from .gqsa.config import GQSAConfig
 from .gqsa.solver import solve as _gqsa
+from .keep.config import KeepConfig
+from .keep.solver import solve as _keep
 from .magnitude.config import MagnitudeConfig
 from .magnitude.solver import solve as _magnitude
 from .rtn.config import RTNConfig
@@ -21,6 +23,7 @@ from .wanda.config import WandaConfig
 from .wanda.solver import solve as _wanda
 
 PASSES: dict[str, Pass[Any]] = {
+    "keep": Pass(KeepConfig, "nothing", _keep, "weights stay as they are, for a selection of inputs alone"),
     "magnitude": Pass(MagnitudeConfig, "nothing", _magnitude, "smallest weights go; needs no data"),
     "wanda": Pass(WandaConfig, "norms", _wanda, "smallest |weight| * input norm goes; no weight update"),
     "sparsegpt": Pass(SparseGPTConfig, "hessian", _sparsegpt, "optimal brain surgeon, column block by column block"),

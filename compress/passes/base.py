@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from ...serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, Pattern, parse_nm
+from ...serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, Pattern, SelectionScheme, parse_nm
+from ...serving.storage import stored_bits
 from ...triton_kernels.formats.integers import Quantized
 from ..statistics import InputStatistics
 
@@ -35,12 +37,65 @@ class LowRankSettings(BaseModel):
         return LowRankScheme(rank=rank, integers=integers)
 
 
+class Split(NamedTuple):
+    """How the bytes that a token reads of a linear are spent: the share of `inputs` read, and the branch's `rank`."""
+
+    inputs: float
+    rank: int
+
+
+class SelectionSettings(BaseModel):
+    """Every token reads the inputs of a linear with the largest scores, so that it does not read the share `sparsity`
+    of the weight's bytes; thresholds, norms and branch count as read.
+
+    `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`. `channels` is the share of the bytes
+    read that goes to inputs; the rest goes to a low-rank branch for the inputs that are not read, the truncated SVD of
+    the `weight` or fitted to the unread `inputs` of the calibration.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float = Field(gt=0, lt=1)
+    score: Literal["size", "l2", "l1"] = "size"
+    channels: float = Field(default=1.0, ge=0, le=1)
+    branch: Literal["weight", "inputs"] = "inputs"
+
+    def scheme(self, weight: LinearScheme, shape: tuple[int, int]) -> LinearScheme:
+        """`weight`, the scheme of a linear of `shape` `(N, K)`, with the selection; ValueError if impossible."""
+        selecting = self._beside(weight, None)
+        rank = self.split(shape, selecting).rank
+        return self._beside(weight, LowRankScheme(rank=rank)) if rank else selecting
+
+    def split(self, shape: tuple[int, int], scheme: LinearScheme) -> Split:
+        """Inputs and rank for a linear of `shape` `(N, K)`: the nearest whole rank, and inputs for what that leaves.
+
+        Raises ValueError when norms and threshold alone are more than may be read.
+        """
+        (n, k), norms = shape, self.score != "size"
+        beside = 32 + 32 * k * norms
+        plain = scheme.model_copy(update={"low_rank": None})
+        total = stored_bits(plain, shape, torch.bfloat16) - beside
+        spent = (1 - self.sparsity) * total
+        if spent < beside:
+            raise ValueError(f"sparsity {self.sparsity:g} leaves no bytes for inputs beside their norms; lower it")
+        rank_bits = 16 * (n + k)
+        rank = min(round((1 - self.channels) * spent / rank_bits), int((spent - beside) / rank_bits))
+        return Split((spent - beside - rank * rank_bits) / total, rank)
+
+    def _beside(self, weight: LinearScheme, branch: LowRankScheme | None) -> LinearScheme:
+        selection = SelectionScheme(norms=self.score != "size")
+        try:
+            return LinearScheme(**{**dict(weight), "selection": selection, "low_rank": branch})
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
 class StageConfig(BaseModel):
     """One stage of a recipe: a pass's name, which linears it applies to, and (in subclasses) its settings.
 
     `targets` and `ignore` are patterns over full module names such as `model.layers.0.mlp.down_proj`: globs, or regular
     expressions after `re:`. A glob without a dot matches the last part of the name, so `down_proj` is enough.
-    `low_rank` adds a branch to each of them.
+    `low_rank` adds a branch to each of them; `selection` lets each token choose the inputs it reads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -48,6 +103,13 @@ class StageConfig(BaseModel):
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     low_rank: LowRankSettings | None = None
+    selection: SelectionSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_branch(self) -> StageConfig:
+        if self.low_rank is not None and self.selection is not None:
+            raise ValueError("low_rank: beside a selection, selection.channels says what goes to the branch; remove it")
+        return self
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -77,9 +139,11 @@ class StageConfig(BaseModel):
     def scheme(self, shape: tuple[int, int]) -> LinearScheme:
         """What the stage leaves behind in a linear of `shape` `(N, K)`; its config comes from `for_linear`.
 
-        Raises ValueError for a branch beside weights that are stored whole.
+        Raises ValueError for a branch beside weights that are stored whole, or a selection beside groups of inputs.
         """
         scheme = self.weight_scheme(shape)
+        if self.selection is not None:
+            return self.selection.scheme(scheme, shape)
         if self.low_rank is None:
             return scheme
         if scheme.storage == "dense":
@@ -87,7 +151,7 @@ class StageConfig(BaseModel):
         return scheme.model_copy(update={"low_rank": self.low_rank.scheme(shape)})
 
     def weight_scheme(self, shape: tuple[int, int]) -> LinearScheme:
-        """The scheme without a low-rank branch."""
+        """The scheme without a selection or a low-rank branch."""
         raise NotImplementedError
 
 

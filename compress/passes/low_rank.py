@@ -55,7 +55,7 @@ def input_directions(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:
     Scaled so that U's columns have a mean square of 1. Raises HessianError.
     """
     factor, _ = damped_cholesky(hessian, _DAMPING)
-    values, right = _largest_singular(residual @ factor, rank)
+    values, right = largest_singular(residual @ factor, rank)
     scaled = right * (values / residual.shape[0] ** 0.5)
     return torch.linalg.solve_triangular(factor.T, scaled, upper=True)
 
@@ -67,7 +67,7 @@ def fit_outputs(residual: Tensor, hessian: Tensor, v: Tensor) -> Tensor:
     return torch.cholesky_solve((residual @ seen).T, factor).T.contiguous()
 
 
-def _largest_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def largest_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest singular values of `matrix` `[N, K]` and their right vectors `[K, rank]`, by subspace
     iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4): a full SVD would take many times longer."""
     size = min(rank + _OVERSAMPLED, *matrix.shape)

@@ -1,0 +1,93 @@
+"""Input selection: which inputs a token reads, and the branch for those it does not.
+
+One threshold per linear on |x| is TEAL (Liu et al. 2024, arXiv 2408.14690); on |x| times the norm of the input's
+weights, WINA (Chen et al. 2025, arXiv 2505.19427) and the code of R-Sparse (Zhang et al. 2025, arXiv 2504.19449). The
+branch is R-Sparse's: the inputs that are not read pass through a low-rank approximation of the weight. Its published
+form is the truncated SVD of the weight; fitted to `inputs` it is the one that loses least on what calibration leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...serving.scheme import LinearScheme
+from ...serving.storage import Selection
+from ...triton_kernels.formats.input_select import InputSelection
+from ...triton_kernels.input_select import reference
+from ..quantiles import QuantileSketch
+from ..statistics import add_gram, mirror_upper
+from .base import SelectionSettings
+from .low_rank import fit_outputs, input_directions, largest_singular
+
+
+def choose(
+    weight: Tensor, inputs: Sequence[Tensor], settings: SelectionSettings, scheme: LinearScheme, dtype: torch.dtype
+) -> Selection:
+    """What a linear with `weight` `[N, K]` fp32 and calibration `inputs` `[..., K]` reads by, as `settings` say.
+
+    The branch is rounded to `dtype`. Raises HessianError where the inputs that are not read determine no branch.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    norms = column_norms(weight, settings.score)
+    sketch = QuantileSketch()
+    for x in inputs:
+        sketch.add(x.float().abs() if norms is None else x.float().abs() * norms)
+    threshold = sketch.quantile(1 - settings.split(shape, scheme).inputs)
+    selection = Selection(threshold, norms)
+    if scheme.low_rank is None:
+        return selection
+    v, u = _branch(weight, inputs, selection, settings, scheme.low_rank.rank, dtype)
+    return selection._replace(v=v.to(dtype), u=u.to(dtype))
+
+
+def column_norms(weight: Tensor, score: str) -> Tensor | None:
+    """The norm of each input's weights, fp32 `[K]`, that `score` asks for, scaled to a mean of 1; None for `size`."""
+    if score == "size":
+        return None
+    norms = torch.linalg.vector_norm(weight.float(), ord={"l1": 1, "l2": 2}[score], dim=0)
+    return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def reading(
+    inputs: Sequence[Tensor],
+    selection: InputSelection,
+    settings: SelectionSettings,
+    scheme: LinearScheme,
+    shape: tuple[int, int],
+) -> dict[str, float]:
+    """For the report: the share of `inputs` `[..., K]` that a linear of `shape` `(N, K)` reads, and what was wanted."""
+    read = [reference.selected(x.reshape(-1, x.shape[-1]), selection, 0) for x in inputs]
+    share = sum(int(part.sum()) for part in read) / sum(part.numel() for part in read)
+    return {"inputs_read": share, "inputs_wanted": settings.split(shape, scheme).inputs}
+
+
+def _branch(
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    selection: Selection,
+    settings: SelectionSettings,
+    rank: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`V` `[K, rank]` and `U` `[N, rank]`, so that `V U^T` stands for `weight^T`."""
+    if settings.branch == "weight":
+        _, right = largest_singular(weight, rank)
+        return right, weight @ right
+    hessian = _unread_hessian(inputs, selection)
+    v = input_directions(weight, hessian, rank).to(dtype).float()
+    return v, fit_outputs(weight, hessian, v)
+
+
+def _unread_hessian(inputs: Sequence[Tensor], selection: Selection) -> Tensor:
+    """X^T X / tokens `[K, K]` fp32 of what is not read."""
+    total = inputs[0].new_zeros((inputs[0].shape[-1],) * 2, dtype=torch.float32)
+    tokens = 0
+    for x in inputs:
+        rows = x.reshape(-1, x.shape[-1])
+        score = rows.float().abs() if selection.norms is None else rows.float().abs() * selection.norms
+        add_gram(total, rows.masked_fill(score > selection.threshold, 0))
+        tokens += len(rows)
+    return mirror_upper(total).div_(tokens)

@@ -1,0 +1,255 @@
+"""Input selection as a recipe option: its byte budget, thresholds, branch, whole runs, honest scoring, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import halfweight
+from halfweight import InputError, Recipe, compress_checkpoint
+from halfweight.compress.passes import selection
+from halfweight.compress.passes.base import SelectionSettings
+from halfweight.compress.passes.low_rank import largest_singular
+from halfweight.compress.plan import plan
+from halfweight.compress.quantiles import QuantileSketch
+from halfweight.eval.perplexity import evaluate
+from halfweight.eval.selection import selecting_tokens
+from halfweight.serving.linear import CompressedLinear
+from halfweight.serving.scheme import IntegerScheme, LinearScheme
+from halfweight.serving.storage import pack_selection, selection_of, tensor_specs
+from halfweight.triton_kernels.formats.bits import from_bits
+from runs import contents, interrupt, stop_in_block
+
+DENSE = LinearScheme(pattern="dense", density=1.0)
+INT4 = DENSE.model_copy(update={"integers": IntegerScheme(group_size=64, along="outputs")})
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def recipe(text: Path, **settings: Any) -> Recipe:
+    stage = {"pass": "keep", "selection": {"sparsity": 0.4, **settings}}
+    return Recipe.parse({"calibration": {"data": str(text), "samples": 8, "seqlen": 32}, "stages": [stage]})
+
+
+# --- budget --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [DENSE, INT4], ids=["16-bit", "int4"])
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536)])
+@pytest.mark.parametrize(
+    "fields", [{}, {"score": "l2"}, {"channels": 0.9}, {"score": "l1", "channels": 0.95}, {"channels": 0.0}], ids=str
+)
+def test_what_is_read_fills_the_budget(scheme: LinearScheme, shape: tuple[int, int], fields: dict[str, Any]) -> None:
+    settings = SelectionSettings(sparsity=0.5, **fields)
+    chosen = settings.scheme(scheme, shape)
+    bits = {name: torch.Size(spec.shape).numel() for name, spec in tensor_specs(chosen, shape).items()}
+    widths = {"weight_t": 16, "codes": 8, "scales": 16, "zeros": 8, "V": 16, "U": 16, "thresholds": 32, "norms": 32}
+    bits = {name: count * widths[name] for name, count in bits.items()}
+    beside = sum(bits.pop(name, 0) for name in ("V", "U", "thresholds", "norms"))
+    inputs, rank = settings.split(shape, chosen)
+    assert inputs * sum(bits.values()) + beside == pytest.approx(0.5 * sum(bits.values()), rel=1e-9)
+    assert (chosen.low_rank.rank if chosen.low_rank else 0) == rank
+    assert bool(rank) == (settings.channels < 1)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "zeros", "few"])
+def test_sketched_quantiles_are_the_real_ones(kind: str) -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).abs()
+    values = {"normal": values, "heavy": values**9, "zeros": values * (values > 1), "few": values[:7]}[kind]
+    whole, halves = QuantileSketch(), QuantileSketch()
+    whole.add(values)
+    for part in values.split(len(values) // 2 + 1):
+        halves.add(part)
+    assert torch.equal(whole.counts, halves.counts)
+    for share in (0.0, 0.1, 0.5, 0.75, 0.99, 1.0):
+        below = float((values <= whole.quantile(share)).double().mean())
+        floor = float((values == 0).double().mean())  # these cannot be told apart
+        assert abs(below - max(share, floor)) <= max(0.003, 1 / len(values))
+    assert QuantileSketch().quantile(0.5) == 0
+
+
+# --- branch --------------------------------------------------------------------------------------------------------
+
+
+def lost(weight: Tensor, x: Tensor, settings: SelectionSettings) -> float:
+    scheme = settings.scheme(DENSE, (weight.shape[0], weight.shape[1]))
+    chosen = selection.choose(weight, [x], settings, scheme, torch.float32)
+    stored = selection_of(scheme, pack_selection(scheme, chosen))
+    assert stored is not None and chosen.v is not None and chosen.u is not None
+    read = x.abs() > from_bits(stored.thresholds)
+    got = (x * read) @ weight.T + (x * ~read) @ chosen.v @ chosen.u.T
+    return float((got - x @ weight.T).norm() / (x @ weight.T).norm())
+
+
+def test_a_branch_fitted_to_the_inputs_loses_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=generator)
+    x = torch.randn(500, 64, generator=generator) * torch.logspace(0, -1, 64)
+    settings = {branch: SelectionSettings(sparsity=0.4, channels=0.7, branch=branch) for branch in ("weight", "inputs")}
+    errors = {branch: lost(weight, x, chosen) for branch, chosen in settings.items()}
+    assert errors["inputs"] < 0.98 * errors["weight"]
+
+
+def test_a_branch_of_the_weight_is_its_truncated_svd() -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, 64)
+    settings = SelectionSettings(sparsity=0.4, channels=0.7, branch="weight")
+    scheme = settings.scheme(DENSE, (48, 64))
+    chosen = selection.choose(weight, [torch.randn(9, 64)], settings, scheme, torch.float32)
+    left, values, right = torch.linalg.svd(weight.double())
+    rank = settings.split((48, 64), scheme).rank
+    want = left[:, :rank] @ values[:rank].diag() @ right[:rank]
+    assert chosen.v is not None and chosen.u is not None
+    torch.testing.assert_close((chosen.u @ chosen.v.T).double(), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(largest_singular(weight, rank)[0].double(), values[:rank], rtol=1e-5, atol=0)
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def selected(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, reading 60 % of the bytes: inputs by |x| times norm, and branches."""
+    out = tmp_path_factory.mktemp("selected") / "out"
+    report = compress_checkpoint(llama, recipe(text_file, score="l2", channels=0.8), out)
+    assert all(0 < layer.error < 1 for layer in report.layers)
+    differences = [layer.stats["inputs_read"] - layer.stats["inputs_wanted"] for layer in report.layers]
+    assert sum(map(abs, differences)) / len(differences) < 0.05  # the dev set is one window of a tiny model
+    return out
+
+
+def plain(dense: Path, tensors: dict[str, Tensor], dense_tokens: int = 0) -> nn.Module:
+    """The dense model with hooks that do by definition what the stored `tensors` say."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+
+    def hook(name: str) -> Any:
+        threshold, norms = (from_bits(tensors[f"{name}.{key}"])[0] for key in ("thresholds", "norms"))
+        v, u = tensors[f"{name}.V"][0].float(), tensors[f"{name}.U"].float()
+
+        def select(module: nn.Linear, args: tuple[Tensor], y: Tensor) -> Tensor:
+            (x,) = args
+            read = x.abs() * norms > threshold
+            read[:, :dense_tokens] = True
+            return (x * read) @ module.weight.T + (x * ~read) @ v @ u.T
+
+        return select
+
+    for name, module in model.named_modules():
+        if f"{name}.thresholds" in tensors:
+            module.register_forward_hook(hook(name))
+    return model
+
+
+def test_the_loaded_model_selects_as_defined(selected: Path, llama: Path, tmp_path: Path) -> None:
+    model = halfweight.load(selected, dtype="float32")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(24)[None] % 7 + 3
+    with torch.no_grad():
+        got, want = model(ids).logits, plain(llama, state)(ids).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        with selecting_tokens(model, 5) as reading:
+            got = model(ids).logits
+        torch.testing.assert_close(got, plain(llama, state, 5)(ids).logits, rtol=1e-4, atol=1e-4)
+    assert reading.fraction is not None and abs(reading.fraction - 0.6) < 0.1
+    halfweight.load(selected, dtype="bfloat16").save_pretrained(tmp_path / "again")
+    again = halfweight.load(tmp_path / "again", dtype="float32").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
+def test_a_dense_prefill_reads_everything_but_in_decoding(
+    selected: Path, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = recipe(text_file, score="l2", channels=0.8).model_copy(update={"prefill": "dense"})
+    compress_checkpoint(llama, settings, tmp_path / "out")
+    masked, prefill = (halfweight.load(folder, dtype="float32") for folder in (selected, tmp_path / "out"))
+    ids = torch.arange(24)[None] % 7 + 3
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(prefill(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(prefill(ids[:, :1]).logits, masked(ids[:, :1]).logits)
+        with selecting_tokens(prefill, 0):  # scores never depend on it
+            torch.testing.assert_close(prefill(ids).logits, masked(ids).logits)
+        torch.testing.assert_close(prefill(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_inspect_names_the_kernels(selected: Path) -> None:
+    inspection = halfweight.inspect_checkpoint(selected, device="cpu", dtype="float32")
+    assert {(layer.backend, layer.reason) for layer in inspection.layers} == {("cpu", "input_select kernels")}
+    assert inspection.layers[0].numbers == "bfloat16, inputs by |x| norm + rank 2"
+    model = halfweight.load(selected, dtype="bfloat16")
+    linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    stored = sum(8 * t.nbytes for module in linears for t in module.stored().values())
+    weights = sum(module.shape[0] * module.shape[1] for module in linears)
+    assert inspection.effective_bits == pytest.approx(stored / weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "numbers"),
+    [
+        ({"pass": "gptq", "bits": 8, "group_size": 16, "along": "outputs"}, "int8 g16 along outputs, inputs by |x|"),
+        ({"pass": "gqsa", "pattern": "8x1", "density": 0.5}, "int4 g8 along outputs, inputs by |x|"),
+        ({"pass": "wanda", "pattern": "2:4"}, "bfloat16, inputs by |x|"),
+    ],
+    ids=["int8", "8x1", "2:4"],
+)
+def test_any_pass_may_select(stage: dict[str, Any], numbers: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"data": str(text_file), "samples": 4, "seqlen": 32}
+    stage = {**stage, "selection": {"sparsity": 0.4, "channels": 0.7}}
+    settings = Recipe.parse({"calibration": calibration, "stages": [stage]})
+    report = compress_checkpoint(llama, settings, tmp_path / "out", dtype="float32")  # which reloads and compares
+    inspection = halfweight.inspect_checkpoint(tmp_path / "out", device="cpu", dtype="float32")
+    assert {layer.backend for layer in inspection.layers} == {"cpu"}
+    assert inspection.layers[-1].numbers.startswith(numbers) and "rank" in inspection.layers[-1].numbers
+    planned = plan(llama, settings)
+    assert planned.effective_bits == pytest.approx(report.effective_bits) == pytest.approx(inspection.effective_bits)
+    for layer in report.layers:
+        assert layer.stats["inputs_wanted"] == pytest.approx(layer.stats["inputs_read"], abs=0.2)
+
+
+def test_scoring_says_what_was_selected(selected: Path, llama: Path, text_file: Path) -> None:
+    result = evaluate(selected, text_file, windows=2, seqlen=100)
+    assert result.sparse_tokens == 0.99
+    assert result.bytes_read_fraction is not None and abs(result.bytes_read_fraction - 0.6) < 0.1
+    dense = evaluate(llama, text_file, windows=2, seqlen=100)
+    assert (dense.sparse_tokens, dense.bytes_read_fraction) == (None, None)
+    every = evaluate(selected, text_file, windows=2, seqlen=100, sparse_tokens=0.0)
+    assert every.perplexity == pytest.approx(dense.perplexity, rel=1e-5) and every.bytes_read_fraction is None
+    assert result.perplexity != pytest.approx(dense.perplexity, rel=1e-4)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    selected: Path, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    same = recipe(text_file, score="l2", channels=0.8)
+    interrupt(llama, same, tmp_path / "out", stop_in_block(1))
+    assert compress_checkpoint(llama, same, tmp_path / "out").blocks_resumed == 1
+    assert contents(tmp_path / "out") == contents(selected)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+SELECTION = {"sparsity": 0.5}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"pass": "keep"}, "the stage needs a selection"),
+    ({"pass": "keep", "selection": {"sparsity": 1}}, "selection.sparsity"),
+    ({"pass": "keep", "selection": {"sparsity": 0.5, "channels": 1.5}}, "selection.channels"),
+    ({"pass": "keep", "selection": {"sparsity": 0.5, "score": "cett"}}, "selection.score"),
+    ({"pass": "keep", "selection": {"sparsity": 0.99, "score": "l2"}}, "sparsity 0.99 leaves no bytes for inputs"),
+    ({"pass": "keep", "selection": SELECTION, "low_rank": {}}, "low_rank: beside a selection, selection.channels says"),
+    ({"pass": "rtn", "selection": SELECTION}, "a selection needs integers along outputs"),
+    ({"pass": "gqsa", "pattern": "1x8", "density": 0.5, "selection": SELECTION}, "along outputs it is 8x1"),
+    ({"pass": "keep", "selection": SELECTION, "targets": ["q_proj"]}, "are fused by servers and must share one scheme"),
+]
+
+
+@pytest.mark.parametrize(("stage", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_settings_are_refused_in_one_line(
+    stage: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        settings = {"calibration": {"data": str(text_file), "samples": 8, "seqlen": 32}, "stages": [stage]}
+        compress_checkpoint(llama, Recipe.parse(settings), tmp_path / "out")
+    assert "\n" not in str(caught.value)
