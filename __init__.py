@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .compress.driver import compress_checkpoint
+    from .compress.export.delta import apply_delta, make_delta
+    from .compress.export.job import export_checkpoint
     from .compress.plan import plan
     from .compress.recipe import Recipe
     from .compress.report import CompressionReport
@@ -32,12 +34,15 @@ __all__ = [
     "InputError",
     "Recipe",
     "RunError",
+    "apply_delta",
     "compress_checkpoint",
     "evaluate",
     "explain",
+    "export_checkpoint",
     "inspect_checkpoint",
     "load",
     "load_tokenizer",
+    "make_delta",
     "plan",
     "resolve_model",
     "warmup",
@@ -49,12 +54,15 @@ _HOME = {
     "InputError": "serving.errors",
     "Recipe": "compress.recipe",
     "RunError": "serving.errors",
+    "apply_delta": "compress.export.delta",
     "compress_checkpoint": "compress.driver",
     "evaluate": "eval.perplexity",
     "explain": "serving.warmup",
+    "export_checkpoint": "compress.export.job",
     "inspect_checkpoint": "serving.inspect",
     "load": "serving.load",
     "load_tokenizer": "serving.load",
+    "make_delta": "compress.export.delta",
     "plan": "compress.plan",
     "resolve_model": "serving.sources",
     "warmup": "serving.warmup",

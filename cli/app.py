@@ -10,6 +10,7 @@ from .. import __version__
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
+from .export import delta, export
 from .generate import generate
 from .inspect import inspect
 from .kernels import kernels
@@ -47,5 +48,7 @@ app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(generate)
+app.command()(export)
+app.command()(delta)
 app.command()(recipes)
 app.command()(kernels)

@@ -27,6 +27,8 @@ _STAGES = {
     "blocks": "compress",
     "verify": "reload and verify",
     "eval": "evaluate",
+    "export": "export",
+    "delta": "compare",
 }
 
 

@@ -45,7 +45,6 @@ from .report import (
 )
 from .statistics import InputStatistics
 
-_SHARD_BYTES = 2 * 2**30
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -404,7 +403,7 @@ def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe
     replaced = {*scheme.linears, *([] if scheme.embedding is None else [walker.embedding])}
     kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in replaced}
     packed = {n: info for part in parts for n, info in read_header(partial / part).items()}
-    writer.write_shards({**kept, **packed}, partial, _SHARD_BYTES)
+    writer.write_shards({**kept, **packed}, partial, writer.SHARD_BYTES)
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.to_json()}
     config.pop("transformers_weights", None)
     writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..serving.checkpoint import DTYPES, WEIGHTS_STEM, TensorInfo
+from ..serving.checkpoint import DTYPES, WEIGHTS_STEM, TensorInfo, read_header
 from ..serving.errors import InputError, RunError
 from ..serving.transformers_plugin import write_index
 
@@ -40,6 +40,8 @@ _COMPANIONS = (
 )
 
 JOURNAL = "journal.jsonl"
+SHARD_BYTES = 2 * 2**30
+_PART_BYTES = 2**28
 _COPY_BYTES = 2**24
 
 
@@ -62,14 +64,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {reason}; {advice}") from None
 
 
-def prepare(out: Path, overwrite: bool) -> Path:
-    """Create the work folder `OUT.partial`; raises InputError when `out` is taken, or cannot be written."""
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raise InputError unless `out` may become a new folder, or with `overwrite` replace an old one."""
     if not out.name:
         raise InputError(f"{out}: cannot be created or replaced as a whole; choose another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(f"{out}: the folder is not empty; choose another --out, or pass --overwrite to replace it")
+
+
+def prepare(out: Path, overwrite: bool) -> Path:
+    """Create the work folder `OUT.partial`; raises InputError when `out` is taken, or cannot be written."""
+    check_folder(out, overwrite)
     partial = out.with_name(out.name + ".partial")
     if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL).is_file():
         raise InputError(f"{partial}: holds files that are not an unfinished run; move them, or choose another --out")
@@ -143,10 +150,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_shards(tensors: dict[str, TensorInfo], folder: Path, max_shard_bytes: int) -> None:
+def write_shards(tensors: dict[str, TensorInfo], folder: Path, max_shard_bytes: int, stem: str = WEIGHTS_STEM) -> None:
     """Copy `tensors` (name -> where the bytes lie now) into shards of `folder`, in order, and write their index.
 
-    A shard holds at most `max_shard_bytes` of tensors, or one tensor. Bytes are copied, never loaded.
+    A shard holds at most `max_shard_bytes` of tensors, or one tensor; `stem` begins its name. Bytes are copied, never
+    loaded.
     """
     shards: list[dict[str, TensorInfo]] = []
     filled = 0
@@ -158,12 +166,41 @@ def write_shards(tensors: dict[str, TensorInfo], folder: Path, max_shard_bytes: 
         filled += info.nbytes
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
-        file = folder / f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         with disk_errors(file):
             _copy_tensors(members, file)
         weight_map.update(dict.fromkeys(members, file.name))
     with disk_errors(folder):
-        write_index(folder, weight_map)
+        write_index(folder, weight_map, stem)
+
+
+def write_stream(
+    entries: Iterable[dict[str, Tensor]], others: dict[str, TensorInfo], folder: Path, stem: str
+) -> dict[str, TensorInfo]:
+    """Write shards of `others` and of tensors that come some at a time; returns where the latter lay on the way.
+
+    Memory stays at one entry and some 256 MB; the disk holds the tensors twice while the shards are written.
+    """
+    waiting: dict[str, Tensor] = {}
+    found: dict[str, TensorInfo] = {}
+    parts: list[Path] = []
+
+    def flush() -> None:
+        parts.append(folder / f"part-{len(parts):05d}.safetensors")
+        write_part(parts[-1], waiting)
+        found.update(read_header(parts[-1]))
+        waiting.clear()
+
+    for tensors in entries:
+        waiting.update(tensors)
+        if sum(tensor.nbytes for tensor in waiting.values()) > _PART_BYTES:
+            flush()
+    if waiting:
+        flush()
+    write_shards({**others, **found}, folder, SHARD_BYTES, stem)
+    for part in parts:
+        part.unlink()
+    return found
 
 
 def _copy_tensors(tensors: dict[str, TensorInfo], file: Path) -> None:

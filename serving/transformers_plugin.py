@@ -111,10 +111,10 @@ def rename_weights(folder: Path) -> None:
     write_index(folder, weight_map)
 
 
-def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    """Write the shard index of `folder` from tensor name -> file name."""
+def write_index(folder: Path, weight_map: dict[str, str], stem: str = WEIGHTS_STEM) -> None:
+    """Write the shard index `STEM.safetensors.index.json` of `folder` from tensor name -> file name."""
     total = sum(
         info.nbytes for file in sorted(set(weight_map.values())) for info in read_header(folder / file).values()
     )
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Compressed checkpoints for engines that do not know halfweight, and differences between two checkpoints."""
