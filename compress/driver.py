@@ -23,7 +23,6 @@ from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from ..serving.storage import effective_weight, pack_branch, pack_selection, pack_weight, selection_of
 from ..serving.tables import Table
-from ..triton_kernels.input_select import reference as select_reference
 from . import vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows
@@ -43,7 +42,7 @@ from .report import (
     Verification,
     silent,
 )
-from .statistics import InputStatistics
+from .statistics import InputStatistics, relative_error, spread_rows
 
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -265,7 +264,7 @@ class _Run:
                     layer, tensors = self._solve_linear(name, linears[name], statistics, seen, unseen)
                     layers.append(layer)
                     packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-                    done = f"{name.removeprefix(prefix + '.')} {describe_errors(layer)}"
+                    done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
                     self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
                 del statistics, seen, unseen
                 release_memory()  # and the other way round
@@ -310,16 +309,12 @@ class _Run:
             packed |= pack_branch(scheme.low_rank, v.to(stored), u.to(stored), codes)
         rounded = effective_weight(scheme, packed, shape, linear.weight.dtype)
         linear.weight = nn.Parameter(rounded, requires_grad=False)
-        held_out = torch.cat([spread_rows(x, 256 // len(unseen)) for x in unseen])
-        stats, got = result.stats, held_out.float() @ rounded.float().T
-        if stage.selection is not None and isinstance(linear, SelectingLinear):
-            chosen = selection.choose(rounded.float(), seen, stage.selection, scheme, stored)
-            packed |= pack_selection(scheme, chosen)
-            linear.selection = selection_of(scheme, packed)
-            assert linear.selection is not None  # the scheme has one
-            got = select_reference.linear(held_out.float(), rounded.float().T, linear.selection)
-            stats = stats | selection.reading(unseen, linear.selection, stage.selection, scheme, shape)
-        error = relative_error(got, held_out.float() @ weight.T)
+        stats = result.stats
+        if isinstance(linear, SelectingLinear):
+            reading, read = self._select(name, linear, seen, unseen, stored)
+            packed, stats = packed | reading, stats | read
+        held_out = torch.cat([spread_rows(x, 256 // len(unseen)) for x in unseen]).float()
+        error = relative_error(selection.outputs(held_out, linear), held_out @ weight.T)
         layer = LayerReport(
             name=name,
             shape=shape,
@@ -331,6 +326,26 @@ class _Run:
             stats=stats,
         )
         return layer, packed
+
+    def _select(
+        self, name: str, linear: SelectingLinear, seen: Sequence[Tensor], unseen: Sequence[Tensor], stored: torch.dtype
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Give a solved linear what it reads its inputs by; returns what is stored for that, and what it reads."""
+        settings, shape = self.stages[name].selection, (linear.out_features, linear.in_features)
+        scheme = self.stages[name].scheme(shape)
+        assert settings is not None  # or it would not be such a linear
+        try:
+            packed = pack_selection(scheme, selection.choose(linear.weight.float(), seen, settings, scheme, stored))
+        except HessianError as unusable:
+            raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in packed.values()):
+            raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
+        linear.selection = selection_of(scheme, packed)
+        read = {
+            "inputs_read": selection.read_share(unseen, linear),
+            "inputs_wanted": settings.split(shape, scheme).inputs,
+        }
+        return packed, read
 
     def _restore(self, part: str, linears: dict[str, nn.Linear]) -> None:
         """Put the weights of a finished part into the dense block's linears."""
@@ -370,27 +385,6 @@ class _Run:
             )
         losses = [loss.cpu() for loss in reloaded.losses(stream, self.windows.dev)]
         return Verification(relative_difference=difference, tolerance=tolerance), losses
-
-
-def describe_errors(layer: LayerReport) -> str:
-    """A solved layer's output errors, for a progress line."""
-    text = f"error {layer.error:.4f}"
-    pruned = layer.stats.get("error_pruned")
-    if pruned is None:
-        return text
-    return f"{text} (on calibration inputs {pruned:.4f} pruned, {layer.stats['error']:.4f} as {layer.numbers})"
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """||y' - y||^2 / ||y||^2 of outputs y' and y; 0 when both are zero."""
-    size = float(wanted.square().sum())
-    return float((got - wanted).square().sum()) / size if size else 0.0
-
-
-def spread_rows(x: Tensor, rows: int) -> Tensor:
-    """A copy of up to `rows` evenly spaced rows `[rows, K]` of `x` `[..., K]`."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[:: -(-len(flat) // rows)].clone()
 
 
 def part_name(index: int) -> str:

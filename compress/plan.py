@@ -173,9 +173,10 @@ def _peak_bytes(
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
         solver = 0
         for first, members in _inputs(stages, {n: shapes[n] for n in names}).items():
-            needs = needs_of(stages[first])
+            needs, selection = needs_of(stages[first]), stages[first].selection
+            fits = selection is not None and selection.fits
             k, n = shapes[first][1], max(shapes[name][0] for name in members)
-            hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" else 4 * k
+            hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" or fits else 4 * k
             solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
         block = max(block, held + paused + max(solver, transient))
     written = 0.0  # quantized tables are held whole, and once more as bytes on their way to the disk
@@ -206,6 +207,8 @@ def _seconds(
             rounds = 1 + sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents"))
             rounds *= 1 if stage.low_rank is None else 2  # it is solved twice
             solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
+        if stage.selection is not None and stage.selection.fits:
+            operations += tokens * k * k * 1.3 * len(members)  # what is not read differs from linear to linear
     speeds = [_matmul_speed(walker.device, dtype) * _MATMUL_SHARE for dtype in (walker.dtype, torch.float32)]
     return operations / speeds[0] + solvers / speeds[1]
 

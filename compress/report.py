@@ -27,8 +27,9 @@ def silent(progress: Progress) -> None:
 
 class LayerReport(BaseModel):
     """One compressed linear `[N, K]`. `numbers` says how its weights are stored; `error` is
-    ||x (W' - W)^T||^2 / ||x W^T||^2 on held-out inputs x of the compressed model. `stats` are the solver's own numbers,
-    such as the damping it needed, or the same error on the calibration inputs at its steps (`error_...`)."""
+    ||y' - x W^T||^2 / ||x W^T||^2 of its outputs y' on held-out inputs x of the compressed model. `stats` are the
+    solver's own numbers, such as the damping it needed, or the same error on the calibration inputs at its steps
+    (`error_...`); and of a linear that selects, the share of inputs read on the dev set beside the one aimed at."""
 
     name: str
     shape: tuple[int, int]
@@ -38,6 +39,14 @@ class LayerReport(BaseModel):
     density: float
     error: float
     stats: dict[str, float]
+
+    @property
+    def errors(self) -> str:
+        """The output errors, for a progress line."""
+        text, pruned = f"error {self.error:.4f}", self.stats.get("error_pruned")
+        if pruned is None:
+            return text
+        return f"{text} (on calibration inputs {pruned:.4f} pruned, {self.stats['error']:.4f} as {self.numbers})"
 
 
 class TableReport(BaseModel):

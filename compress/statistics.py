@@ -81,3 +81,15 @@ def mirror_upper(upper: Tensor, tile: int = 128) -> Tensor:
         result[start:stop, start:stop] = corner.triu() + corner.triu(1).T
         result[stop:, start:stop] = upper[start:stop, stop:].T
     return result
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||y' - y||^2 / ||y||^2 of outputs y' and y; 0 when both are zero."""
+    size = float(wanted.square().sum())
+    return float((got - wanted).square().sum()) / size if size else 0.0
+
+
+def spread_rows(x: Tensor, rows: int) -> Tensor:
+    """A copy of up to `rows` evenly spaced rows `[rows, K]` of `x` `[..., K]`."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[:: -(-len(flat) // rows)].clone()

@@ -60,6 +60,11 @@ class SelectionSettings(BaseModel):
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
 
+    @property
+    def fits(self) -> bool:
+        """Whether a branch is fitted to the inputs, which takes a Hessian."""
+        return self.channels < 1 and self.branch == "inputs"
+
     def scheme(self, weight: LinearScheme, shape: tuple[int, int]) -> LinearScheme:
         """`weight`, the scheme of a linear of `shape` `(N, K)`, with the selection; ValueError if impossible."""
         selecting = self._beside(weight, None)

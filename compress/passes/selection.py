@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...serving.linear import SelectingLinear
 from ...serving.scheme import LinearScheme
 from ...serving.storage import Selection
-from ...triton_kernels.formats.input_select import InputSelection
 from ...triton_kernels.input_select import reference
 from ..quantiles import QuantileSketch
 from ..statistics import add_gram, mirror_upper
@@ -51,17 +51,18 @@ def column_norms(weight: Tensor, score: str) -> Tensor | None:
     return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def reading(
-    inputs: Sequence[Tensor],
-    selection: InputSelection,
-    settings: SelectionSettings,
-    scheme: LinearScheme,
-    shape: tuple[int, int],
-) -> dict[str, float]:
-    """For the report: the share of `inputs` `[..., K]` that a linear of `shape` `(N, K)` reads, and what was wanted."""
-    read = [reference.selected(x.reshape(-1, x.shape[-1]), selection, 0) for x in inputs]
-    share = sum(int(part.sum()) for part in read) / sum(part.numel() for part in read)
-    return {"inputs_read": share, "inputs_wanted": settings.split(shape, scheme).inputs}
+def outputs(x: Tensor, linear: nn.Linear) -> Tensor:
+    """What `linear` makes of fp32 `x` `[tokens, K]`, its bias aside, computed in fp32."""
+    weight = linear.weight.float().T
+    chosen = linear.selection if isinstance(linear, SelectingLinear) else None
+    return x @ weight if chosen is None else reference.linear(x, weight, chosen)
+
+
+def read_share(inputs: Sequence[Tensor], linear: SelectingLinear) -> float:
+    """The share of its `inputs` `[..., K]` that a linear with a selection reads."""
+    assert linear.selection is not None  # the caller has just chosen it
+    read = [reference.selected(x.reshape(-1, x.shape[-1]), linear.selection, 0) for x in inputs]
+    return sum(int(part.sum()) for part in read) / sum(part.numel() for part in read)
 
 
 def _branch(

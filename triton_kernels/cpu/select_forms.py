@@ -85,9 +85,10 @@ def prepare_int4(weight: Weight) -> InputSelectInt4:
     else:
         packed = [weight.stored(integers.Integers)]
         done = input_select_int4.prepare(packed, selection, [n], bits=bits, group_size=size)
-    tensors = (*done.weight.tensors, None, None)[:5]
-    assert tensors[0] is not None and tensors[1] is not None
-    return InputSelectInt4(tensors[0], tensors[1], *tensors[2:], done.parts, *done.selection, bits, size, n)
+    codes, scales, zeros, numbers, row_start = (*done.weight.tensors, None, None)[:5]  # dense integers have three
+    assert codes is not None and scales is not None
+    tensors = (codes, scales, zeros, numbers, row_start)
+    return InputSelectInt4(*tensors, done.parts, *done.selection, bits, size, n)
 
 
 def restore_int4(form: InputSelectInt4, weight: Weight) -> Mapping[str, Tensor]:
@@ -107,10 +108,10 @@ def linear_int4(x: Tensor, form: InputSelectInt4, bias: Tensor | None) -> Tensor
 
 
 def _columns(form: InputSelect) -> Columns:
-    weight, parts, *selection = form
+    weight, parts, thresholds, norms, V, U = form
     k, n = weight.shape
     rows = Rows("plain", (DTYPES[weight.dtype],), k, n, n, n, n, (weight,), weight.dtype)
-    return Columns(rows, k, n, parts, Selection(*selection))
+    return Columns(rows, k, n, parts, Selection(thresholds, norms, V, U))
 
 
 def _columns_int4(form: InputSelectInt4) -> Columns:
