@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfweight.compress.statistics import spread_rows
 from halfweight.compress.lockstep import PausingPass, input_groups, pauses
+from halfweight.compress.statistics import spread_rows
 from halfweight.serving.errors import RunError
 
 
