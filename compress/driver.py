@@ -24,6 +24,7 @@ from ..serving.sources import resolve_model
 from ..serving.storage import effective_weight, pack_branch, pack_selection, pack_weight, selection_of
 from ..serving.tables import Table
 from . import vocabulary, writer
+from .allocation import allocate, with_sparsities
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
@@ -96,7 +97,7 @@ def compress_checkpoint(
     run = _Run(walker, stages, recipe.embeddings, windows, journal, progress)
     resumed = run.all_blocks()
 
-    schemes = {name: stage.scheme(shapes[name]) for name, stage in stages.items()}
+    schemes = {name: stage.scheme(shapes[name]) for name, stage in run.stages.items()}
     scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
     if recipe.embeddings is not None:
         integers = recipe.embeddings.integers()
@@ -211,14 +212,18 @@ class _Run:
             self._propagate(index, block, others)
             entry = self.journal.done(part)
             if entry is not None:
+                self.stages.update(with_sparsities(self.stages, entry.get("sparsities", {})))
                 self._restore(part, linears)
                 self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
                 self._propagate(index, block, [*self.hidden, *self.dev])
             else:
+                # One batch tells the linears of a block apart.
+                sparsities = allocate(partial(walker.run, index, block), linears, self.stages, self.hidden[:1])
+                self.stages.update(with_sparsities(self.stages, sparsities))
                 layers, packed = self._solve(index, block, linears, groups)
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
-                self.journal.record(part, layers=[layer.model_dump() for layer in layers])
+                self.journal.record(part, layers=[layer.model_dump() for layer in layers], sparsities=sparsities)
                 self.layers += layers
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
         return entry is not None

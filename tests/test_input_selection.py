@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import halfweight
 from halfweight import InputError, Recipe, compress_checkpoint
+from halfweight.compress.allocation import divide
 from halfweight.compress.passes import selection
 from halfweight.compress.passes.base import SelectionSettings
 from halfweight.compress.passes.low_rank import largest_singular
@@ -105,6 +106,42 @@ def test_a_branch_of_the_weight_is_its_truncated_svd() -> None:
     assert chosen.v is not None and chosen.u is not None
     torch.testing.assert_close((chosen.u @ chosen.v.T).double(), want, rtol=0, atol=1e-4)
     torch.testing.assert_close(largest_singular(weight, rank)[0].double(), values[:rank], rtol=1e-5, atol=0)
+
+
+# --- allocation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_goes_where_it_costs_least() -> None:
+    levels = (0.1, 0.3, 0.5, 0.7, 0.9)
+    curves = {
+        "dear": {level: 100 * level**2 for level in levels},
+        "cheap": {level: level**2 for level in levels},
+        "bumpy": {level: 40 * level**2 + (12 if level == 0.5 else 0) for level in levels},
+    }
+    weights, even = {"dear": 300, "cheap": 100, "bumpy": 200}, dict.fromkeys(curves, 0.5)
+    chosen = divide(curves, weights, even)
+    unread = sum(chosen[name] * weights[name] for name in curves)
+    assert unread == pytest.approx(0.5 * sum(weights.values()))
+    assert chosen == {"dear": pytest.approx(0.3), "cheap": pytest.approx(0.9), "bumpy": pytest.approx(0.6)}
+    twins = divide(dict.fromkeys("ab", curves["dear"]), dict.fromkeys("ab", 5), dict.fromkeys("ab", 0.6))
+    assert sorted(twins.values()) == [pytest.approx(0.5), pytest.approx(0.7)]
+
+
+def test_a_greedy_run_keeps_the_budget_and_resumes(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = recipe(text_file, allocation="greedy")
+    report = compress_checkpoint(llama, settings, tmp_path / "whole")
+    even = compress_checkpoint(llama, recipe(text_file), tmp_path / "even")
+    shares = []
+    for run in (report, even):
+        block = run.layers[:7]
+        sizes = [layer.shape[0] * layer.shape[1] for layer in block]
+        wanted = [layer.stats["inputs_wanted"] for layer in block]
+        shares.append(sum(s * w for s, w in zip(sizes, wanted, strict=True)) / sum(sizes))
+    assert shares[0] == pytest.approx(shares[1])
+    assert len({round(layer.stats["inputs_wanted"], 3) for layer in report.layers[:7]}) > 2
+    interrupt(llama, settings, tmp_path / "out", stop_in_block(1))
+    assert compress_checkpoint(llama, settings, tmp_path / "out").blocks_resumed == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------

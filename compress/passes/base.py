@@ -50,7 +50,8 @@ class SelectionSettings(BaseModel):
 
     `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`. `channels` is the share of the bytes
     read that goes to inputs; the rest goes to a low-rank branch for the inputs that are not read, the truncated SVD of
-    the `weight` or fitted to the unread `inputs` of the calibration.
+    the `weight` or fitted to the unread `inputs` of the calibration. With `allocation: greedy` the linears of a block
+    share its budget so that its outputs suffer least; `uniform` gives all the same sparsity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class SelectionSettings(BaseModel):
     score: Literal["size", "l2", "l1"] = "size"
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
+    allocation: Literal["uniform", "greedy"] = "uniform"
 
     @property
     def fits(self) -> bool:

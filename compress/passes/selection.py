@@ -30,17 +30,32 @@ def choose(
 
     The branch is rounded to `dtype`. Raises HessianError where the inputs that are not read determine no branch.
     """
-    shape = (weight.shape[0], weight.shape[1])
     norms = column_norms(weight, settings.score)
     sketch = QuantileSketch()
     for x in inputs:
-        sketch.add(x.float().abs() if norms is None else x.float().abs() * norms)
-    threshold = sketch.quantile(1 - settings.split(shape, scheme).inputs)
-    selection = Selection(threshold, norms)
+        sketch.add(scores(x, norms))
+    selection = threshold_of(sketch, norms, settings, scheme, (weight.shape[0], weight.shape[1]))
     if scheme.low_rank is None:
         return selection
     v, u = _branch(weight, inputs, selection, settings, scheme.low_rank.rank, dtype)
     return selection._replace(v=v.to(dtype), u=u.to(dtype))
+
+
+def threshold_of(
+    sketch: QuantileSketch,
+    norms: Tensor | None,
+    settings: SelectionSettings,
+    scheme: LinearScheme,
+    shape: tuple[int, int],
+) -> Selection:
+    """The selection without a branch that reads, of inputs with the scores in `sketch`, the share `settings` allow."""
+    return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms)
+
+
+def scores(x: Tensor, norms: Tensor | None) -> Tensor:
+    """What is compared with the threshold, fp32 like `x` `[..., K]`."""
+    size = x.float().abs()
+    return size if norms is None else size * norms
 
 
 def column_norms(weight: Tensor, score: str) -> Tensor | None:
@@ -78,6 +93,8 @@ def _branch(
         _, right = largest_singular(weight, rank)
         return right, weight @ right
     hessian = _unread_hessian(inputs, selection)
+    if not bool(hessian.any()):  # nothing but zeros is left out, as after a ReLU
+        return weight.new_zeros(weight.shape[1], rank), weight.new_zeros(weight.shape[0], rank)
     v = input_directions(weight, hessian, rank).to(dtype).float()
     return v, fit_outputs(weight, hessian, v)
 
@@ -88,7 +105,6 @@ def _unread_hessian(inputs: Sequence[Tensor], selection: Selection) -> Tensor:
     tokens = 0
     for x in inputs:
         rows = x.reshape(-1, x.shape[-1])
-        score = rows.float().abs() if selection.norms is None else rows.float().abs() * selection.norms
-        add_gram(total, rows.masked_fill(score > selection.threshold, 0))
+        add_gram(total, rows.masked_fill(scores(rows, selection.norms) > selection.threshold, 0))
         tokens += len(rows)
     return mirror_upper(total).div_(tokens)

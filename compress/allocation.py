@@ -1,0 +1,147 @@
+"""How much each linear of a block reads, when together they may read a fixed share of the block's bytes.
+
+As in TEAL's greedy search (Liu et al. 2024, arXiv 2408.14690, algorithm 1), the next bytes are given up where the
+block's output suffers least. Errors are measured with one linear selecting at a time and added up, which takes a few
+forward passes per linear instead of hundreds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..serving.linear import SelectingLinear
+from ..serving.storage import pack_selection, selection_of
+from .passes.base import SelectionSettings, StageConfig
+from .passes.selection import column_norms, scores, threshold_of
+from .quantiles import QuantileSketch
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class Step(NamedTuple):
+    """Linear `name` may go from `start` to `sparsity`, which costs `slope` per byte; `weight` is its bytes."""
+
+    slope: float
+    name: str
+    start: float
+    sparsity: float
+    weight: int
+
+
+@torch.no_grad()
+def allocate(
+    run: Callable[[Tensor], Tensor],
+    linears: Mapping[str, nn.Linear],
+    stages: Mapping[str, StageConfig],
+    inputs: Sequence[Tensor],
+) -> dict[str, float]:
+    """A sparsity for each of a block's `linears` whose stage (by name) allocates greedily; none has a selection yet.
+
+    `run` is the block's forward pass, for its `inputs`. Together these linears leave as many of their weights' bytes
+    unread as with the sparsities of their stages.
+    """
+    sharing = {
+        name: linear
+        for name, linear in linears.items()
+        if isinstance(linear, SelectingLinear) and _settings(stages[name]).allocation == "greedy"
+    }
+    return _allocate(run, sharing, stages, inputs) if sharing else {}
+
+
+def with_sparsities(stages: Mapping[str, StageConfig], sparsities: Mapping[str, float]) -> dict[str, StageConfig]:
+    """The stages (by linear) named in `sparsities`, with these."""
+    changed = {}
+    for name, sparsity in sparsities.items():
+        selection = _settings(stages[name]).model_copy(update={"sparsity": sparsity})
+        changed[name] = stages[name].model_copy(update={"selection": selection})
+    return changed
+
+
+def _allocate(
+    run: Callable[[Tensor], Tensor],
+    linears: Mapping[str, SelectingLinear],
+    stages: Mapping[str, StageConfig],
+    inputs: Sequence[Tensor],
+) -> dict[str, float]:
+    settings = {name: _settings(stages[name]) for name in linears}
+    sketches = {name: QuantileSketch() for name in linears}
+    norms = {name: column_norms(linear.weight.float(), settings[name].score) for name, linear in linears.items()}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: sketches[name].add(scores(args[0], norms[name]))
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    wanted = [run(x) for x in inputs]
+    for handle in handles:
+        handle.remove()
+    curves: dict[str, dict[float, float]] = {name: {} for name in linears}
+    for name, linear in linears.items():
+        shape = (linear.out_features, linear.in_features)
+        weight = stages[name].weight_scheme(shape)
+        for level in sorted({*LEVELS, settings[name].sparsity}):
+            trial = settings[name].model_copy(update={"sparsity": level, "channels": 1.0})
+            try:
+                scheme = trial.scheme(weight, shape)
+            except ValueError:
+                break  # norms alone are more than this and higher levels may read
+            chosen = threshold_of(sketches[name], norms[name], trial, scheme, shape)
+            linear.selection = selection_of(scheme, pack_selection(scheme, chosen))
+            curves[name][level] = sum(token_errors(run(x), y) for x, y in zip(inputs, wanted, strict=True))
+        linear.selection = None
+    weights = {name: prod(linear.weight.shape) for name, linear in linears.items()}
+    return divide(curves, weights, {name: settings[name].sparsity for name in linears})
+
+
+def token_errors(got: Tensor, wanted: Tensor) -> float:
+    """The sum of each token's relative error `||y' - y||^2 / ||y||^2`: a few tokens have outputs a thousand times larger
+    than the others', and would decide alone."""
+    size = wanted.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((got - wanted).float().square().sum(-1) / size).sum())
+
+
+def divide(
+    curves: Mapping[str, Mapping[float, float]], weights: Mapping[str, int], sparsities: Mapping[str, float]
+) -> dict[str, float]:
+    """Sparsities that lose least by `curves` (name -> sparsity -> error, taken as convex between these sparsities).
+
+    They leave the same number of the `weights` (bytes, or anything proportional) unread as `sparsities` do.
+    """
+    steps: list[Step] = []
+    chosen = {}
+    for name, curve in curves.items():
+        points = _lower_hull(sorted(curve.items()))
+        chosen[name] = points[0][0]
+        for (start, before), (stop, after) in pairwise(points):
+            slope = (after - before) / ((stop - start) * weights[name])
+            steps.append(Step(slope, name, start, stop, weights[name]))
+    left = sum(weights[name] * (sparsities[name] - chosen[name]) for name in chosen)
+    for step in sorted(steps):
+        taken = min(left, (step.sparsity - step.start) * step.weight)
+        if taken <= 0:
+            break
+        chosen[step.name] = step.start + taken / step.weight
+        left -= taken
+    return chosen
+
+
+def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points, in order of x, that the lower convex hull passes through."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-1][0]) >= (y - hull[-1][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _settings(stage: StageConfig) -> SelectionSettings:
+    assert stage.selection is not None  # only such stages allocate
+    return stage.selection
