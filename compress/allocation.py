@@ -99,8 +99,8 @@ def _allocate(
 
 
 def token_errors(got: Tensor, wanted: Tensor) -> float:
-    """The sum of each token's relative error `||y' - y||^2 / ||y||^2`: a few tokens have outputs a thousand times larger
-    than the others', and would decide alone."""
+    """The sum of each token's `||y' - y||^2 / ||y||^2`: a few tokens have outputs a thousand times larger than the
+    others', and would decide alone."""
     size = wanted.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return float(((got - wanted).float().square().sum(-1) / size).sum())
 
