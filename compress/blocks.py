@@ -8,13 +8,14 @@ forward pass is reimplemented here, which is why any decoder whose blocks are a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..eval.perplexity import decoder_returns
@@ -226,9 +227,18 @@ class BlockWalker:
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
         """Output `[B, T, D]` of block `index` for `x` `[B, T, D]`, with the arguments the model itself would pass."""
+        return self.call(index, block, x, {})
+
+    def call(self, index: int, block: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `run`, with gradients, and with `weights` (name inside the block -> tensor) instead of the block's own."""
         args, kwargs = self._calls[tuple(x.shape[:2])][index]
-        out = block(x, *args, **kwargs)
+        out = functional_call(block, dict(weights), (x, *args), kwargs) if weights else block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def learn(self, batch: int, length: int) -> None:
+        """Make `call` work for inputs `[batch, length, D]`; `embed` does it for the shapes it returns."""
+        if (batch, length) not in self._calls:
+            self.embed([torch.zeros(length, dtype=torch.long)] * batch)
 
     @torch.no_grad()
     def losses(self, hidden: list[Tensor], windows: list[Tensor], logits: int = _LOGITS) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..serving.storage import tensor_specs
 from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
 from .passes.base import IntegerSettings
+from .tuning.config import Tuning
 
 # A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Embeddings(IntegerSettings):
 
 
 class Recipe(BaseModel):
-    """What to do to a model: `stages` in order, the calibration that informs them, and integers for the `embeddings`.
+    """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, and
+    the `tuning` that follows.
 
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.
@@ -68,6 +70,7 @@ class Recipe(BaseModel):
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
     stages: tuple[AnyStage, ...] = Field(min_length=1)
+    tuning: Tuning | None = None
 
     @classmethod
     def parse(
