@@ -46,6 +46,7 @@ from .report import (
 from .statistics import InputStatistics
 from .tuning.block import Pairs, tune_block
 from .tuning.weights import stored_tensors, trainable_weights
+from .tuning.whole import Job, remember_teacher, tune_whole
 
 _SHARD_BYTES = 2 * 2**30
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
@@ -100,13 +101,13 @@ def compress_checkpoint(
     journal = Journal(partial, identity, fresh)
     run = _Run(walker, stages, recipe, windows, journal, progress)
     resumed = run.all_blocks()
+    parts = run.whole(identity)
 
     scheme = ArtifactConfig(linears={name: stage.scheme(shapes[name]) for name, stage in stages.items()})
     if recipe.embeddings is not None:
         integers = recipe.embeddings.integers()
         heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
         scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
-    parts = [str(entry["part"]) for entry in journal.entries]
     _assemble(partial, walker, scheme, recipe, parts)
     release_memory()
     progress(Progress("verify", 0, 1))
@@ -147,7 +148,7 @@ def compress_checkpoint(
     )
     writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
     writer.publish(partial, out)
-    for name in (*parts, writer.JOURNAL):
+    for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
         (out / name).unlink()
     progress(Progress("verify", 1, 1))
     return report
@@ -212,7 +213,13 @@ class _Run:
             self.journal.record(part, tables=[report.model_dump() for report in reports])
             entry = self.journal.entries[-1]
         self.tables = [TableReport.model_validate(report) for report in entry["tables"]]
-        return vocabulary.quantized(tables[self.walker.embedding], self.embeddings, self.journal.folder / part)
+        return self._quantized(tables[self.walker.embedding])
+
+    def _quantized(self, table: Table) -> Table | None:
+        """The journal's form of a dense embedding or head; None when the recipe leaves it dense."""
+        if self.embeddings is None:
+            return None
+        return vocabulary.quantized(table, self.embeddings, self.journal.folder / vocabulary.PART)
 
     def _one_block(self, index: int) -> bool:
         """Solve block `index`, or take it from the journal; every stream becomes the block's outputs on it."""
@@ -351,6 +358,38 @@ class _Run:
             stats=result.stats,
         )
         return layer, packed
+
+    def whole(self, identity: str) -> list[str]:
+        """Train the whole model when the recipe says so; returns the names of the parts that make the checkpoint."""
+        blocks = [part_name(index) for index in range(self.walker.n_blocks)]
+        others = [] if self.embeddings is None else [vocabulary.PART]
+        if self.tuning is None or self.tuning.end_to_end is None:
+            return [*others, *blocks]
+        tables = {name: self._quantized(table) for name, table in self.walker.tables().items()}
+        job = Job(
+            walker=self.walker,
+            stages=self.stages,
+            settings=self.tuning.end_to_end,
+            windows=self.windows,
+            journal=self.journal,
+            tensors=self.tensors,
+            blocks=blocks,
+            embedding=tables[self.walker.embedding],
+            head=tables[self.walker.head_table],
+            run=identity,
+            seed=self.seed,
+        )
+
+        def say(done: int, total: int, text: str) -> None:
+            self.progress(Progress("end_to_end", done, total, text))
+
+        remember_teacher(job, self.dense, self.dev_dense, say)
+        self.dense = []
+        release_memory()
+        tuned = tune_whole(job, say)
+        self.dev = tuned.dev
+        self.tuned.append(tuned.report)
+        return [*others, *tuned.parts]
 
     def _fill(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Give the dense block the weights that the stored `tensors` (by full name) stand for."""

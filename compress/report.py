@@ -82,9 +82,9 @@ class Verification(BaseModel):
 
 
 class CompressionReport(BaseModel):
-    """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`. `seconds` is wall time
-    and `peak_rss_gb` the peak resident memory of the process (10^9 bytes); bits are defined in `serving/inspect.py`;
-    `windows_sha256` is of the calibration tokens."""
+    """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`. `seconds` is wall
+    time and `peak_rss_gb` the peak resident memory of the process (10^9 bytes); bits are defined in
+    `serving/inspect.py`; `windows_sha256` is of the calibration tokens."""
 
     model: str
     note: str | None

@@ -21,9 +21,8 @@ from ..blocks import BlockWalker
 from ..report import TuningReport
 from .config import BlockTuning, Part
 from .training import Looks, Trainer, batches, is_out_of_memory, look_steps, through
-from .weights import FloatWeight, TrainedLinear
+from .weights import Weights, trained_parameters
 
-Weights = Mapping[str, TrainedLinear | FloatWeight]
 Say = Callable[[str], None]
 
 
@@ -90,15 +89,6 @@ def distance(y: Tensor, target: Tensor) -> Tensor:
     wanted = target.float()
     power = wanted.square().sum(-1)
     return ((y.float() - wanted).square().sum(-1) / power.clamp(min=1e-12)).mean()
-
-
-def trained_parameters(weights: Weights) -> dict[str, tuple[Part, nn.Parameter]]:
-    """Everything that is trained in `weights`, by full name."""
-    return {
-        f"{name}.{inner}": (part, parameter)
-        for name, module in weights.items()
-        for inner, part, parameter in module.trained()
-    }
 
 
 @dataclass

@@ -11,8 +11,8 @@ Part = Literal["weights", "scales", "zeros", "branch", "norms"]
 
 
 class Rates(BaseModel):
-    """Learning rates of AdamW, each relative to what it moves: `weights` in steps of the integer grid or in the
-    matrix's root mean square, `scales` in themselves, `zeros` in codes, `branch` and `norms` in their root mean square."""
+    """Learning rates of AdamW, each relative to what it moves: `weights` in steps of the integer grid or, at 16 bits,
+    in the matrix's root mean square, as `branch` and `norms` are; `scales` in themselves; `zeros` in codes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

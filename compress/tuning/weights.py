@@ -9,7 +9,7 @@ straight through in the backward pass (Bengio et al. 2013, arXiv 1308.3432; for 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +229,10 @@ class TrainedLinear(nn.Module):
         return packed
 
 
+# What is trained of a block, by parameter name inside it.
+Weights: TypeAlias = Mapping[str, TrainedLinear | FloatWeight]
+
+
 def trainable_weights(
     block: nn.Module,
     prefix: str,
@@ -253,9 +257,7 @@ def trainable_weights(
     return {**found, **norms}
 
 
-def stored_tensors(
-    weights: Mapping[str, TrainedLinear | FloatWeight], prefix: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def stored_tensors(weights: Weights, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What to store for trained `weights` of the block called `prefix`, by full name; `tensors` are what they started
     from. Trained norms are among them under their own names."""
     packed: dict[str, Tensor] = {}
@@ -267,6 +269,15 @@ def stored_tensors(
             own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
             packed |= {f"{name}.{suffix}": tensor for suffix, tensor in module.stored(own).items()}
     return packed
+
+
+def trained_parameters(weights: Weights) -> dict[str, tuple[Part, nn.Parameter]]:
+    """Everything that is trained in `weights`, by full name."""
+    return {
+        f"{name}.{inner}": (part, parameter)
+        for name, module in weights.items()
+        for inner, part, parameter in module.trained()
+    }
 
 
 def unit_of(weight: Tensor) -> float:
