@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -50,9 +51,11 @@ class TableReport(BaseModel):
 
 
 class TuningReport(BaseModel):
-    """One stretch of training: a block, or the whole model. `tokens` were trained on, repeats included; `losses` are
-    (step, dev loss) from the start on, of which `best_step` was kept; `note` says what went wrong, if something did."""
+    """One stretch of training, of the block `name` or of the whole model. `tokens` were trained on, repeats included;
+    `losses` are (step, dev loss) from the start on, of which `best_step` was kept; `note` says what went wrong, if
+    something did."""
 
+    stage: Literal["block", "end_to_end"]
     name: str
     steps: int
     tokens: int

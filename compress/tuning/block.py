@@ -68,6 +68,7 @@ def tune_block(
         part = slice(len(order) * number // len(units), len(order) * (number + 1) // len(units))
         run.unit({name: weights[name] for name in unit}, order[part], len(order))
     return TuningReport(
+        stage="block",
         name=walker.block_prefix(index),
         steps=run.steps,
         tokens=run.tokens,

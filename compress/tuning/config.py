@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What may be trained: kept weights, scales and zero points of integers, low-rank branches, the blocks' norms.
 Part = Literal["weights", "scales", "zeros", "branch", "norms"]
+
+# What a user may choose -> the stages that run.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "block": ("block",),
+    "end-to-end": ("end_to_end",),
+    "both": ("block", "end_to_end"),
+}
 
 
 class Rates(BaseModel):
@@ -80,3 +89,11 @@ class Tuning(BaseModel):
         if self.block is None and self.end_to_end is None:
             raise ValueError("tuning needs `block`, `end_to_end` or both ({} takes the defaults)")
         return self
+
+
+def tuning_fields(path: list[str]) -> Mapping[str, Any]:
+    """The fields of the section at `path` inside `tuning`, for messages about unknown keys."""
+    if path[-1:] == ["rates"]:
+        return Rates.model_fields
+    sections: dict[str, type[BaseModel]] = {"block": BlockTuning, "end_to_end": EndToEndTuning}
+    return sections.get(path[0], Tuning).model_fields if path else Tuning.model_fields

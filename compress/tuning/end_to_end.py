@@ -25,7 +25,6 @@ from .training import Looks, Trainer, batches, is_out_of_memory, look_steps
 
 Say = Callable[[int, int, str], None]  # steps done, of how many, and how it goes
 
-NAME = "end to end"
 _LOGITS = 2**22  # that exist at once, fp32, at first
 _FEWEST_LOGITS = 2**18
 
@@ -82,7 +81,8 @@ def tune_end_to_end(
         say(done, len(work.order), f"loss {loss:.4f}, {gain}, {left:.0f} s left")
     work.trainer.restore(work.looks.best)
     return TuningReport(
-        name=NAME,
+        stage="end_to_end",
+        name=walker.prefix,
         steps=work.trainer.done,
         tokens=work.tokens,
         start=work.looks.losses[0][1],
