@@ -33,6 +33,10 @@ def compress(
     seqlen: Seqlen = None,
     seed: Seed = None,
     embeddings: options.EmbeddingBits = None,
+    tuning: options.Tuning = None,
+    tuning_samples: options.TuningSamples = None,
+    block_epochs: options.BlockEpochs = None,
+    end_to_end_epochs: options.EndToEndEpochs = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty DIR when done.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard unfinished work in DIR.partial.")] = False,
     json: options.Json = None,
@@ -49,6 +53,8 @@ def compress(
         halfweight compress ./my-llama --recipe 2of4-sparsegpt --out my-2of4 --calibration text.jsonl --samples 64
 
         halfweight compress demo --recipe gqsa-w4s50 --embeddings 8 --out smollm2-w4s50
+
+        halfweight compress ./my-llama --recipe w4-g64-best --out my-w4 --tuning-samples 512 --block-epochs 2
     """
     from ..compress.driver import compress_checkpoint
     from ..compress.memory import return_large_buffers
@@ -56,6 +62,9 @@ def compress(
 
     loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
     loaded = loaded.with_embeddings(embeddings)
+    loaded = loaded.with_tuning(
+        tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
+    )
     return_large_buffers()
     with progress_bars() as progress:
         report = compress_checkpoint(
@@ -92,6 +101,8 @@ def show(report: CompressionReport) -> None:
     for rounded in report.tables:
         n, k = rounded.shape
         rows.add_row(f"{n} x {k} table", f"{rounded.name} as {rounded.numbers}, relative error {rounded.error:.1e}")
+    for line in tuning_lines(report):
+        rows.add_row(*line)
     rows.add_row(
         "dev perplexity",
         f"dense {report.dev.dense:.2f} -> compressed {report.dev.compressed:.2f} ({report.dev.tokens} tokens,"
@@ -100,3 +111,19 @@ def show(report: CompressionReport) -> None:
     rows.add_row("verified", f"reloaded outputs differ by {report.verification.relative_difference:.1e}")
     rows.add_row("time, peak memory", f"{human_seconds(report.seconds)}, {report.peak_rss_gb:.2f} GB")
     out.print(rows)
+
+
+def tuning_lines(report: CompressionReport) -> list[tuple[str, str]]:
+    """What tuning did, in words: to the blocks together, to the whole model, and what went wrong."""
+    lines = []
+    blocks = [row for row in report.tuning if row.stage == "block"]
+    if blocks:
+        share = sum(row.best / row.start for row in blocks) / len(blocks)
+        steps = sum(row.steps for row in blocks)
+        lines.append(("tuned by block", f"{steps} steps, errors on the dev set to {share:.2f} of what they were"))
+    for row in report.tuning:
+        if row.stage == "end_to_end":
+            lines.append(("tuned end to end", f"{row.steps} steps, dev loss {row.start:.4f} -> {row.best:.4f}"))
+        if row.note is not None:
+            lines.append((f"note on {row.name}", row.note))
+    return lines

@@ -33,3 +33,18 @@ Dtype = Annotated[str, typer.Option(help="Compute dtype: auto (float32 on CPU), 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow a checkpoint to bring files of its own code.")
 ]
+Tuning = Annotated[
+    str | None,
+    typer.Option(
+        "--tuning", help="Stages of tuning to run: none, block, end-to-end or both; default: what the recipe says."
+    ),
+]
+TuningSamples = Annotated[
+    int | None, typer.Option("--tuning-samples", min=1, help="Windows to tune on; overrides the recipe.")
+]
+BlockEpochs = Annotated[
+    int | None, typer.Option("--block-epochs", min=1, help="Passes over them by block; overrides the recipe.")
+]
+EndToEndEpochs = Annotated[
+    int | None, typer.Option("--end-to-end-epochs", min=1, help="Passes over them end to end; overrides the recipe.")
+]

@@ -25,6 +25,7 @@ _STAGES = {
     "model": "fetch model",
     "embed": "embed",
     "blocks": "compress",
+    "end_to_end": "tune",
     "verify": "reload and verify",
     "eval": "evaluate",
     "export": "export",

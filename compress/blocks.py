@@ -8,13 +8,14 @@ forward pass is reimplemented here, which is why any decoder whose blocks are a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..eval.perplexity import decoder_returns
@@ -105,9 +106,10 @@ class BlockWalker:
 
     def tables(self) -> dict[str, Table]:
         """The embedding and, unless it is tied to that, the head, by name."""
-        return {name: self._table(name) for name in dict.fromkeys((self.embedding, self._head_table()))}
+        return {name: self._table(name) for name in dict.fromkeys((self.embedding, self.head_table))}
 
-    def _head_table(self) -> str:
+    @property
+    def head_table(self) -> str:
         """Name of the module whose table the head's weights are."""
         tied = isinstance(self.model.get_submodule(self.head), TiedHead)
         return self.embedding if tied or f"{self.head}.weight" in tied_names(self.model) else self.head
@@ -180,10 +182,18 @@ class BlockWalker:
                     _to_meta(child, recurse=False)
 
     @contextmanager
-    def _head_rows(self, rows: slice) -> Iterator[None]:
+    def vocabulary(self, table: Table | None = None) -> Iterator[None]:
+        """What `decoded` and `logits` need, with its weights, for the length of the `with`; the head's from `table`,
+        when that is to stand in for the checkpoint's own."""
+        size = self.model.get_submodule(self.head).out_features
+        with self._outside(), self._head_rows(slice(0, size), table):
+            yield
+
+    @contextmanager
+    def _head_rows(self, rows: slice, table: Table | None = None) -> Iterator[None]:
         """The head with weights for the vocabulary's `rows` alone, for the length of the `with`."""
         head = self.model.get_submodule(self.head)
-        weight, bias = self._table(self._head_table()).read(rows, self.dtype, self.device), None
+        weight, bias = (table or self._table(self.head_table)).read(rows, self.dtype, self.device), None
         if head.bias is not None:
             bias = self.checkpoint.read(self._names[f"{self.head}.bias"], self.dtype, self.device, rows)
         head.forward = lambda x: nn.functional.linear(x, weight, bias)
@@ -226,9 +236,18 @@ class BlockWalker:
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
         """Output `[B, T, D]` of block `index` for `x` `[B, T, D]`, with the arguments the model itself would pass."""
+        return self.call(index, block, x, {})
+
+    def call(self, index: int, block: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `run`, with gradients, and with `weights` (name inside the block -> tensor) instead of the block's own."""
         args, kwargs = self._calls[tuple(x.shape[:2])][index]
-        out = block(x, *args, **kwargs)
+        out = functional_call(block, dict(weights), (x, *args), kwargs) if weights else block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def learn(self, batch: int, length: int) -> None:
+        """Make `call` work for inputs `[batch, length, D]`; `embed` does it for the shapes it returns."""
+        if (batch, length) not in self._calls:
+            self.embed([torch.zeros(length, dtype=torch.long)] * batch)
 
     @torch.no_grad()
     def losses(self, hidden: list[Tensor], windows: list[Tensor], logits: int = _LOGITS) -> list[Tensor]:
@@ -242,21 +261,21 @@ class BlockWalker:
         targets = torch.stack(windows).to(self.device)[:, 1:]
         with self._outside():
             rows = (row[None] for x in hidden for row in x)
-            outputs = [self._decoded(x, window) for x, window in zip(rows, windows, strict=True)]
+            outputs = [self.decoded(x, window) for x, window in zip(rows, windows, strict=True)]
         total = torch.full(targets.shape, -torch.inf, device=self.device)  # log of the summed exponentials so far
         wanted = torch.zeros_like(total)  # the targets' logits
         for start in range(0, size, step):
             part = slice(start, min(start + step, size))
             with self._head_rows(part):
                 for index, (output, window) in enumerate(zip(outputs, windows, strict=True)):
-                    scores = self._logits(output, window)[:-1]
+                    scores = self.logits(output, window)[:-1]
                     total[index] = total[index].logaddexp(scores.logsumexp(1))
                     place = targets[index] - start
                     here = (place >= 0) & (place < scores.shape[1])
                     wanted[index, here] = scores[here, place[here]]
         return list(total - wanted)
 
-    def _decoded(self, x: Tensor, window: Tensor) -> Any:
+    def decoded(self, x: Tensor, window: Tensor) -> Any:
         """The decoder's own output object, final norm included, with `x` `[1, T, D]` as the last block's output."""
 
         def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -265,10 +284,14 @@ class BlockWalker:
         with self._replaced_blocks(skip):
             return self.model.get_decoder()(input_ids=window.to(self.device)[None], use_cache=False)
 
-    def _logits(self, output: Any, window: Tensor) -> Tensor:
-        """Logits `[T, V]`, fp32, for the head's rows, from the decoder's `output` for `window` `[T]`."""
+    def logits(self, output: Any, window: Tensor, keep: Tensor | int = 0) -> Tensor:
+        """Logits `[T, V]`, fp32, for the head's rows, from the decoder's `output` for `window` `[T]`.
+
+        `keep` are the positions wanted, if not all.
+        """
+        ids = window.to(self.device)[None]
         with decoder_returns(self.model.get_decoder(), output):
-            logits: Tensor = self.model(input_ids=window.to(self.device)[None], use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         return logits[0].float()
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,18 @@ _CHARACTERS_PER_TOKEN = 8  # generous, to know how much of a hub dataset to read
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids `[L]`, int64: `calibration`, and `dev`, never calibrated on; the text had `text_tokens`."""
+    """Token ids `[L]`, int64: `calibration`; `dev`, never calibrated on; the text had `text_tokens`. `tuning` are the
+    windows beyond the calibration's that tuning asked for."""
 
     calibration: list[Tensor]
     dev: list[Tensor]
     text_tokens: int
+    tuning: list[Tensor] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """All windows that are trained on, in order."""
+        return [*self.calibration, *self.tuning]
 
 
 def load_windows(
@@ -36,16 +43,18 @@ def load_windows(
     model: Path,
     max_length: int | None = None,
     trust_remote_code: bool = False,
+    tuning: int = 0,
 ) -> Windows:
-    """Windows for `settings`. `model` (its folder) is only loaded for `data: self`.
+    """Windows for `settings`, at least `tuning` of them to train on. `model` (its folder) is only loaded for
+    `data: self`.
 
     Raises InputError when the windows exceed the model's context `max_length` or the text is too short.
     """
     check_context(settings, max_length)
     bos = bos_token(tokenizer)
     if settings.data == "self":
-        return self_windows(settings, model, bos)
-    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos)
+        return self_windows(settings, model, bos, tuning)
+    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos, tuning)
 
 
 def check_context(settings: Calibration, max_length: int | None) -> None:
@@ -57,10 +66,16 @@ def check_context(settings: Calibration, max_length: int | None) -> None:
         )
 
 
-def text_windows(tokens: Tensor, settings: Calibration, bos: int | None) -> Windows:
+def dev_windows(samples: int, tuning: int) -> int:
+    """How many dev windows go with `samples` calibration and `tuning` tuning windows."""
+    return max(1, max(samples, tuning) // DEV_SHARE)
+
+
+def text_windows(tokens: Tensor, settings: Calibration, bos: int | None, tuning: int = 0) -> Windows:
     """`settings.samples` windows at random starts of the first 90 % of `tokens` `[n]`; dev windows from the rest.
 
-    Starts are `torch.randint(0, n_calibration - seqlen, (samples,))` with a generator seeded by `settings.seed`.
+    Starts are `torch.randint(0, n_calibration - seqlen, (samples,))` with a generator seeded by `settings.seed`, and
+    those of the windows missing to `tuning` come next from the same generator.
     """
     cut = len(tokens) * CALIBRATION_PERCENT // 100
     length = settings.seqlen
@@ -71,31 +86,34 @@ def text_windows(tokens: Tensor, settings: Calibration, bos: int | None) -> Wind
         )
     generator = torch.Generator().manual_seed(settings.seed)
     starts = torch.randint(0, cut - length, (settings.samples,), generator=generator).tolist()
-    calibration = [with_bos(tokens[start : start + length], bos) for start in starts]
+    more = max(0, tuning - settings.samples)
+    starts += torch.randint(0, cut - length, (more,), generator=generator).tolist()
+    drawn = [with_bos(tokens[start : start + length], bos) for start in starts]
     rest = tokens[cut:]
     if len(rest) < 2:
         raise InputError(
             f"calibration text has {len(tokens)} tokens; its last 10 % must hold at least 2 for the dev set"
         )
-    dev = consecutive_windows(rest, min(length, len(rest)), bos, max(1, settings.samples // DEV_SHARE))
-    return Windows(calibration, dev, len(tokens))
+    dev = consecutive_windows(rest, min(length, len(rest)), bos, dev_windows(settings.samples, tuning))
+    return Windows(drawn[: settings.samples], dev, len(tokens), drawn[settings.samples :])
 
 
-def self_windows(settings: Calibration, model: Path, bos: int | None, batch: int = 8) -> Windows:
+def self_windows(settings: Calibration, model: Path, bos: int | None, tuning: int = 0, batch: int = 8) -> Windows:
     """Windows sampled from the model itself (LLM-QAT, arXiv 2305.17888): needs no text, but holds the whole model.
 
     Each starts from a uniformly random token, after BOS where the model wants one, and is sampled at temperature 1.
     """
     network = load(model)
-    dev_count = max(1, settings.samples // DEV_SHARE)
+    training = max(settings.samples, tuning)
+    total = training + dev_windows(settings.samples, tuning)
     vocabulary = network.config.get_text_config().vocab_size
     lead = [] if bos is None else [torch.full((batch, 1), bos)]
     rows: list[Tensor] = []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(settings.seed)
-        while len(rows) < settings.samples + dev_count:
+        while len(rows) < total:
             prompt = torch.cat([*lead, torch.randint(0, vocabulary, (batch, 1))], dim=1).to(network.device)
-            prompt = prompt[: settings.samples + dev_count - len(rows)]
+            prompt = prompt[: total - len(rows)]
             new = settings.seqlen - prompt.shape[1]
             output = network.generate(
                 prompt,
@@ -108,7 +126,8 @@ def self_windows(settings: Calibration, model: Path, bos: int | None, batch: int
                 min_new_tokens=new,
             )
             rows.extend(output.cpu().unbind())
-    return Windows(rows[: settings.samples], rows[settings.samples :], sum(len(row) for row in rows))
+    tokens = sum(len(row) for row in rows)
+    return Windows(rows[: settings.samples], rows[training:], tokens, rows[settings.samples : training])
 
 
 def _text(settings: Calibration) -> str:

@@ -32,7 +32,7 @@ from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
 from .passes import PASSES, StageConfig, low_rank, needs_of, selection
 from .passes.hessian import HessianError
-from .recipe import Embeddings, Recipe
+from .recipe import Recipe
 from .report import (
     CompressionReport,
     DevPerplexity,
@@ -40,10 +40,14 @@ from .report import (
     OnProgress,
     Progress,
     TableReport,
+    TuningReport,
     Verification,
     silent,
 )
 from .statistics import InputStatistics, relative_error, spread_rows
+from .tuning.block import Pairs, tune_block
+from .tuning.weights import stored_tensors, trainable_weights
+from .tuning.whole import Job, remember_teacher, tune_whole
 
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -88,14 +92,16 @@ def compress_checkpoint(
     with writer.no_empty_leftover(partial):
         writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
         tokenizer = load_tokenizer(source.path)
-        windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length)
+        samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
+        windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
     del tokenizer
     release_memory()
     settings = (recipe.to_yaml(), str(walker.dtype), where.type)
-    identity = fingerprint(checkpoint, [*windows.calibration, *windows.dev], *settings)
+    identity = fingerprint(checkpoint, [*windows.all, *windows.dev], *settings)
     journal = Journal(partial, identity, fresh)
-    run = _Run(walker, stages, recipe.embeddings, windows, journal, progress)
+    run = _Run(walker, stages, recipe, windows, journal, progress)
     resumed = run.all_blocks()
+    parts = run.whole(identity)
 
     schemes = {name: stage.scheme(shapes[name]) for name, stage in run.stages.items()}
     scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
@@ -103,7 +109,6 @@ def compress_checkpoint(
         integers = recipe.embeddings.integers()
         heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
         scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
-    parts = [str(entry["part"]) for entry in journal.entries]
     _assemble(partial, walker, scheme, recipe, parts)
     release_memory()
     progress(Progress("verify", 0, 1))
@@ -139,11 +144,12 @@ def compress_checkpoint(
         verification=verification,
         layers=run.layers,
         tables=run.tables,
+        tuning=run.tuned,
         versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
     )
     writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
     writer.publish(partial, out)
-    for name in (*parts, writer.JOURNAL):
+    for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
         (out / name).unlink()
     progress(Progress("verify", 1, 1))
     return report
@@ -156,19 +162,23 @@ class _Run:
         self,
         walker: BlockWalker,
         stages: dict[str, StageConfig],
-        embeddings: Embeddings | None,
+        recipe: Recipe,
         windows: Windows,
         journal: Journal,
         progress: OnProgress,
     ) -> None:
-        self.walker, self.stages, self.embeddings, self.windows = walker, stages, embeddings, windows
+        self.walker, self.stages, self.embeddings, self.windows = walker, stages, recipe.embeddings, windows
+        self.tuning, self.seed = recipe.tuning, recipe.calibration.seed
         self.journal, self.progress = journal, progress
-        self.hidden: list[Tensor] = []  # calibration activations of the compressed model
+        self.hidden: list[Tensor] = []  # calibration activations of the compressed model ...
+        self.more: list[Tensor] = []  # ... and those of further windows to tune on
+        self.dense: list[Tensor] = []  # both of the dense model, when there is something to tune
         self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
         self.dev_dense: list[Tensor] = []  # ... and of the dense one
         self.tensors = walker.stored()
         self.layers: list[LayerReport] = []
         self.tables: list[TableReport] = []
+        self.tuned: list[TuningReport] = []
 
     def all_blocks(self) -> int:
         """Embed, then take every block through its work; returns how many were resumed from the journal."""
@@ -178,12 +188,17 @@ class _Run:
         self.hidden = walker.embed(self.windows.calibration, table)
         self.dev = walker.embed(self.windows.dev, table)
         self.dev_dense = [x.clone() for x in self.dev] if table is None else walker.embed(self.windows.dev)
+        if self.tuning is not None:
+            if self.tuning.block is not None and self.windows.tuning:
+                self.more = walker.embed(self.windows.tuning, table)
+            parts = [part for part in (self.windows.calibration, self.windows.tuning) if part]
+            self.dense = [x for part in parts for x in walker.embed(part)]
         release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
             resumed += self._one_block(index)
             release_memory()
-        self.hidden = []  # verification needs the memory
+        self.hidden, self.more = [], []  # what follows needs the memory
         return resumed
 
     def _quantized_embedding(self) -> Table | None:
@@ -199,7 +214,13 @@ class _Run:
             self.journal.record(part, tables=[report.model_dump() for report in reports])
             entry = self.journal.entries[-1]
         self.tables = [TableReport.model_validate(report) for report in entry["tables"]]
-        return vocabulary.quantized(tables[self.walker.embedding], self.embeddings, self.journal.folder / part)
+        return self._quantized(tables[self.walker.embedding])
+
+    def _quantized(self, table: Table) -> Table | None:
+        """The journal's form of a dense embedding or head; None when the recipe leaves it dense."""
+        if self.embeddings is None:
+            return None
+        return vocabulary.quantized(table, self.embeddings, self.journal.folder / vocabulary.PART)
 
     def _one_block(self, index: int) -> bool:
         """Solve block `index`, or take it from the journal; every stream becomes the block's outputs on it."""
@@ -209,24 +230,59 @@ class _Run:
             linears = self._linears_of(index)
             first, *others = self.dev_dense
             groups = input_groups(linears, lambda: self._propagate(index, block, [first]))
-            self._propagate(index, block, others)
+            self._propagate(index, block, [*others, *self.dense])
             entry = self.journal.done(part)
+            resumed = entry is not None
             if entry is not None:
                 self.stages.update(with_sparsities(self.stages, entry.get("sparsities", {})))
-                self._restore(part, linears)
-                self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
-                self._propagate(index, block, [*self.hidden, *self.dev])
+                self._fill(index, block, writer.read_part(self.journal.folder / part))
             else:
                 # One batch tells the linears of a block apart.
                 sparsities = allocate(partial(walker.run, index, block), linears, self.stages, self.hidden[:1])
                 self.stages.update(with_sparsities(self.stages, sparsities))
                 layers, packed = self._solve(index, block, linears, groups)
+                tuned = self._tune(index, block, packed)
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
-                self.journal.record(part, layers=[layer.model_dump() for layer in layers], sparsities=sparsities)
-                self.layers += layers
+                rows = {"layers": layers, "tuning": tuned}
+                reports = {key: [row.model_dump() for row in value] for key, value in rows.items()}
+                self.journal.record(part, **reports, sparsities=sparsities)
+            if resumed or self._tunes_blocks:
+                self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
+            entry = self.journal.done(part) or {}
+            self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
+            self.tuned += [TuningReport.model_validate(report) for report in entry["tuning"]]
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
-        return entry is not None
+        return resumed
+
+    @property
+    def _tunes_blocks(self) -> bool:
+        return self.tuning is not None and self.tuning.block is not None
+
+    def _tune(self, index: int, block: nn.Module, packed: dict[str, Tensor]) -> list[TuningReport]:
+        """Train the solved block when the recipe says so; `packed` and the block then hold the result."""
+        if self.tuning is None or self.tuning.block is None:
+            return []
+        walker, prefix, settings = self.walker, self.walker.block_prefix(index), self.tuning.block
+        weights = trainable_weights(block, prefix, self.stages, packed, self.tensors, settings.train)
+        train = Pairs([*self.hidden, *self.more], self.dense)
+        dev = Pairs(self.dev, self.dev_dense)
+        report = tune_block(
+            walker,
+            index,
+            block,
+            weights,
+            train,
+            dev,
+            settings,
+            seed=self.seed,
+            say=lambda text: self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {text}")),
+        )
+        if report.note is None and report.best_step > 0:
+            packed.update(stored_tensors(weights, prefix, packed))
+            self._fill(index, block, packed)
+        release_memory()
+        return [report]
 
     def _linears_of(self, index: int) -> dict[str, nn.Linear]:
         """The linears of block `index` to work on, those that will select their inputs ready to do so."""
@@ -273,9 +329,10 @@ class _Run:
                     self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
                 del statistics, seen, unseen
                 release_memory()  # and the other way round
-            # Nobody calibrates on the last block's outputs.
+            # Nobody calibrates on the last block's outputs, and a block to be tuned needs its inputs once more.
             unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
-            for forward, x in [*unfinished, *zip(dev, self.dev, strict=True)]:
+            unfinished += zip(dev, self.dev, strict=True)
+            for forward, x in [] if self._tunes_blocks else unfinished:
                 x.copy_(forward.finish())
         return layers, packed
 
@@ -352,17 +409,52 @@ class _Run:
         }
         return packed, read
 
-    def _restore(self, part: str, linears: dict[str, nn.Linear]) -> None:
-        """Put the weights of a finished part into the dense block's linears."""
-        tensors = writer.read_part(self.journal.folder / part)
-        for name, linear in linears.items():
-            suffixes = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + ".")}
-            shape = (linear.out_features, linear.in_features)
-            scheme, device = self.stages[name].scheme(shape), linear.weight.device
-            weight = effective_weight(scheme, suffixes, shape, linear.weight.dtype)
-            linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
-            if isinstance(linear, SelectingLinear):
-                linear.selection = selection_of(scheme, {key: tensor.to(device) for key, tensor in suffixes.items()})
+    def whole(self, identity: str) -> list[str]:
+        """Train the whole model when the recipe says so; returns the names of the parts that make the checkpoint."""
+        blocks = [part_name(index) for index in range(self.walker.n_blocks)]
+        others = [] if self.embeddings is None else [vocabulary.PART]
+        if self.tuning is None or self.tuning.end_to_end is None:
+            return [*others, *blocks]
+        tables = {name: self._quantized(table) for name, table in self.walker.tables().items()}
+        job = Job(
+            walker=self.walker,
+            stages=self.stages,
+            settings=self.tuning.end_to_end,
+            windows=self.windows,
+            journal=self.journal,
+            tensors=self.tensors,
+            blocks=blocks,
+            embedding=tables[self.walker.embedding],
+            head=tables[self.walker.head_table],
+            run=identity,
+            seed=self.seed,
+        )
+
+        def say(done: int, total: int, text: str) -> None:
+            self.progress(Progress("end_to_end", done, total, text))
+
+        remember_teacher(job, self.dense, self.dev_dense, say)
+        self.dense = []
+        release_memory()
+        tuned = tune_whole(job, say)
+        self.dev = tuned.dev
+        self.tuned.append(tuned.report)
+        return [*others, *tuned.parts]
+
+    def _fill(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Give the dense block the weights that the stored `tensors` (by full name) stand for."""
+        rest = dict(tensors)
+        for name, linear in self.walker.block_linears(index).items():
+            if name in self.stages:
+                suffixes = {key[len(name) + 1 :]: rest.pop(key) for key in tensors if key.startswith(name + ".")}
+                shape = (linear.out_features, linear.in_features)
+                scheme, device = self.stages[name].scheme(shape), linear.weight.device
+                weight = effective_weight(scheme, suffixes, shape, linear.weight.dtype)
+                linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+                if isinstance(linear, SelectingLinear):
+                    linear.selection = selection_of(scheme, {key: part.to(device) for key, part in suffixes.items()})
+        for name, tensor in rest.items():
+            block.get_parameter(name[len(self.walker.block_prefix(index)) + 1 :]).copy_(tensor)
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
         """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.

@@ -20,6 +20,7 @@ from ..serving.storage import tensor_specs
 from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
 from .passes.base import IntegerSettings
+from .tuning.config import CHOICES, Tuning, tuning_fields
 
 # A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Embeddings(IntegerSettings):
 
 
 class Recipe(BaseModel):
-    """What to do to a model: `stages` in order, the calibration that informs them, and integers for the `embeddings`.
+    """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, and
+    the `tuning` that follows.
 
     `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
 
@@ -71,6 +73,7 @@ class Recipe(BaseModel):
     embeddings: Embeddings | None = None
     prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
+    tuning: Tuning | None = None
 
     @classmethod
     def parse(
@@ -133,6 +136,29 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise InputError(f"embeddings.bits: {error.errors()[0]['msg']}, got {bits}") from None
         return self.model_copy(update={"embeddings": embeddings})
+
+    def with_tuning(self, choice: str | None = None, **changes: int | None) -> Recipe:
+        """A copy with the stages of tuning that `choice` names, and with `changes` where they are not None.
+
+        A stage that is chosen and not in the recipe gets its defaults. Raises InputError for an unknown choice, and for
+        `changes` (`samples`, `block_epochs`, `end_to_end_epochs`) of a stage that is off.
+        """
+        sections = {} if self.tuning is None else self.tuning.model_dump(exclude_none=True)
+        if choice is not None:
+            if choice not in CHOICES:
+                raise InputError(f"--tuning {choice!r} is unknown{did_you_mean(choice, list(CHOICES))}")
+            rest = {name: value for name, value in sections.items() if name not in CHOICES["both"]}
+            chosen = {stage: sections.get(stage, {}) for stage in CHOICES[choice]}
+            sections = {**rest, **chosen} if chosen else {}
+        for name, value in changes.items():
+            stage = name.removesuffix("_epochs")
+            if value is None:
+                continue
+            if not sections or (stage != name and stage not in sections):
+                needed = "both" if stage == name else stage.replace("_", "-")
+                raise InputError(f"recipe {self.name}: that stage of tuning is off; add --tuning {needed}")
+            sections[stage] = value if stage == name else {**sections[stage], "epochs": value}
+        return self.model_copy(update={"tuning": Tuning.model_validate(sections) if sections else None})
 
     def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
         """Which stage applies to which linear of a model with `shapes` (name -> `(N, K)`).
@@ -276,6 +302,8 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
         fields = Calibration.model_fields
     elif location[:1] == ["embeddings"]:
         fields = Embeddings.model_fields
+    elif location[:1] == ["tuning"]:
+        fields = tuning_fields([str(part) for part in location[1:-1]])
     shown = reduce(lambda text, part: f"{text}[{part}]" if isinstance(part, int) else f"{text}.{part}", location, "")
     shown = shown.encode("unicode_escape").decode()
     key = str(location[-1]) if location else ""

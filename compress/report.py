@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -58,6 +59,23 @@ class TableReport(BaseModel):
     error: float
 
 
+class TuningReport(BaseModel):
+    """One stretch of training, of the block `name` or of the whole model. `tokens` were trained on, repeats included;
+    `losses` are (step, dev loss) from the start on, of which `best_step` was kept; `note` says what went wrong, if
+    something did."""
+
+    stage: Literal["block", "end_to_end"]
+    name: str
+    steps: int
+    tokens: int
+    start: float
+    best: float
+    best_step: int
+    losses: list[tuple[int, float]]
+    seconds: float
+    note: str | None = None
+
+
 class DevPerplexity(BaseModel):
     """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text."""
 
@@ -76,8 +94,9 @@ class Verification(BaseModel):
 
 
 class CompressionReport(BaseModel):
-    """The result of `compress_checkpoint`. `seconds` is wall time and `peak_rss_gb` the peak resident memory of the
-    process (10^9 bytes); bits are defined in `serving/inspect.py`; `windows_sha256` is of the calibration tokens."""
+    """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`. `seconds` is wall
+    time and `peak_rss_gb` the peak resident memory of the process (10^9 bytes); bits are defined in
+    `serving/inspect.py`; `windows_sha256` is of the calibration tokens."""
 
     model: str
     note: str | None
@@ -101,4 +120,5 @@ class CompressionReport(BaseModel):
     verification: Verification
     layers: list[LayerReport]
     tables: list[TableReport]
+    tuning: list[TuningReport] = []
     versions: dict[str, str]

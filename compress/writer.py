@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,18 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_part(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` to `file`: durable and whole when this returns, absent otherwise. Raises RunError."""
+def write_part(file: Path, tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """Write `tensors`, and `notes` beside them, to `file`: durable and whole when this returns, else as it was before.
+
+    Raises RunError.
+    """
     temporary = file.with_suffix(".tmp")
     with disk_errors(file):
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt", **(notes or {})},
+        )
         commit(temporary, file)
 
 

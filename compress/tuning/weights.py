@@ -1,0 +1,301 @@
+"""Compressed linears that can be trained: what is stored, as a differentiable function of what is trained.
+
+Parameters are relative to where they start (a weight counts in steps of its grid, a scale in its own logarithm), so
+that one learning rate fits every layer. What has to be rounded for storage is rounded in the forward pass and passed
+straight through in the backward pass (Bengio et al. 2013, arXiv 1308.3432; for grids: Esser et al. 2019, arXiv
+1902.08153), so the weight that is trained is bit for bit the weight that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ...serving.checkpoint import TensorInfo
+from ...serving.scheme import LinearScheme
+from ...triton_kernels.formats.integers import Quantized
+from ..passes.base import IntegerSettings, StageConfig
+from ..passes.quantization import CodeRange, split_groups
+from .config import Part
+from .logical import Logical, pack_logical, unpack_weight
+
+Trained = Iterator[tuple[str, Part, nn.Parameter]]
+_SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive numbers of fp16
+
+
+class _RoundTo(torch.autograd.Function):
+    """`x` rounded to a dtype's numbers, in fp32; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Codes(torch.autograd.Function):
+    """`steps * ratio + zeros` rounded to whole codes from `low` to `high`; the gradient passes where none was cut off.
+
+    `steps` `[N, J, G]`; `ratio` and `zeros` `[N, J, 1]`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, ratio: Tensor, zeros: Tensor, low: float, high: float) -> Tensor:
+        codes = torch.addcmul(zeros, steps, ratio).round_()
+        ctx.save_for_backward(steps, ratio, (codes >= low) & (codes <= high))
+        return codes.clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        steps, ratio, inside = ctx.saved_tensors
+        passed = grads[0] * inside
+        for_steps = passed * ratio if ctx.needs_input_grad[0] else None
+        for_ratio = (passed * steps).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
+        for_zeros = passed.sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
+        return for_steps, for_ratio, for_zeros, None, None
+
+
+class IntegerWeight(nn.Module):
+    """`mask * scale * (code - zero)` `[N, K]`, with codes, scales and zero points trained as asked."""
+
+    def __init__(
+        self, logical: Logical, allowed: CodeRange, group_size: int, middle: int, train: Collection[Part]
+    ) -> None:
+        """`logical` holds quantized numbers; codes stay within `allowed`; `middle` is the zero point of symmetric ones.
+
+        Codes are only trained with `weights` in `train`.
+        """
+        super().__init__()
+        assert logical.quantized is not None
+        codes, scales, zeros = logical.quantized
+        self.columns, self.allowed = codes.shape[1], allowed
+        whole = torch.full_like(scales, middle) if zeros is None else zeros
+        self._base = scales.float()[..., None]
+        self._zeros = whole.float()[..., None]
+        # A short last group is padded with its zero point, and so with zeros here.
+        spread = torch.arange(self.columns, device=codes.device) // group_size
+        steps = split_groups(codes.short() - whole.short()[:, spread], group_size)
+        moves = "zeros" in train and allowed.zero is None
+        # A frozen code at a frozen zero point is zero already.
+        masked = logical.mask is not None and (moves or "weights" in train)
+        self._kept = split_groups(logical.mask, group_size) if masked and logical.mask is not None else None
+        self.steps = nn.Parameter(steps.float()) if "weights" in train else None
+        self._frozen = None if "weights" in train else steps.to(torch.int8 if allowed.high < 128 else torch.int16)
+        self.log_scales = nn.Parameter(torch.zeros_like(self._base)) if "scales" in train else None
+        self.zero_shift = nn.Parameter(torch.zeros_like(self._base)) if moves else None
+
+    def trained(self) -> Trained:
+        """`(name, part, parameter)` of everything that is trained."""
+        parts: tuple[tuple[str, Part, nn.Parameter | None], ...] = (
+            ("steps", "weights", self.steps),
+            ("log_scales", "scales", self.log_scales),
+            ("zero_shift", "zeros", self.zero_shift),
+        )
+        yield from ((name, part, parameter) for name, part, parameter in parts if parameter is not None)
+
+    def forward(self) -> Tensor:
+        """The weight `[N, K]`, fp32."""
+        scales, zeros = self._scales(), self._whole_zeros()
+        centered = self._codes(scales, zeros) - zeros
+        values = centered * scales
+        if self._kept is not None:
+            values = values * self._kept
+        return values.flatten(-2)[:, : self.columns]
+
+    @torch.no_grad()
+    def logical(self, mask: Tensor | None) -> Logical:
+        """What `forward` stands for, as it is stored under the `mask` it was made with."""
+        scales, zeros = self._scales(), self._whole_zeros()
+        codes = self._codes(scales, zeros).flatten(-2)[:, : self.columns].to(torch.uint8)
+        stored = zeros[..., 0].to(torch.uint8) if self.allowed.zero is None else None
+        return Logical(None, Quantized(codes, scales[..., 0].half(), stored), mask)
+
+    def _scales(self) -> Tensor:
+        if self.log_scales is None:
+            return self._base
+        return _RoundTo.apply((self._base * self.log_scales.exp()).clamp(max=_LARGEST), torch.float16)
+
+    def _whole_zeros(self) -> Tensor:
+        if self.zero_shift is None:
+            return self._zeros
+        moved = (self._zeros + self.zero_shift).clamp(self.allowed.low, self.allowed.high)
+        return moved + (moved.round() - moved).detach()  # exact: both are small
+
+    def _codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        if self.steps is None:
+            assert self._frozen is not None
+            # Zero points that move take their codes along only as far as there are codes.
+            return self._frozen + self._zeros
+        ratio = self._base / scales.clamp(min=_SMALLEST)
+        return _Codes.apply(self.steps, ratio, zeros, self.allowed.low, self.allowed.high)
+
+
+class FloatWeight(nn.Module):
+    """A masked matrix stored in a floating-point dtype, trained in fp32 relative to its root mean square."""
+
+    def __init__(self, logical: Logical, part: Part, train: Collection[Part]) -> None:
+        """`part` is what it counts as; it is only trained with that in `train`."""
+        super().__init__()
+        assert logical.weight is not None
+        weight = logical.weight
+        self.dtype, self.mask, self.part = weight.dtype, logical.mask, part
+        self.size = unit_of(weight)
+        self.values = nn.Parameter(weight.float() / self.size) if part in train else None
+        self._frozen = None if part in train else weight
+
+    def trained(self) -> Trained:
+        """As `IntegerWeight.trained`."""
+        if self.values is not None:
+            yield "values", self.part, self.values
+
+    def forward(self) -> Tensor:
+        """The matrix, fp32."""
+        if self.values is None:
+            assert self._frozen is not None
+            return self._frozen.float()
+        weight: Tensor = _RoundTo.apply(self.values * self.size, self.dtype)
+        return weight if self.mask is None else weight * self.mask
+
+    @torch.no_grad()
+    def logical(self, mask: Tensor | None) -> Logical:
+        """As `IntegerWeight.logical`."""
+        return Logical(self().to(self.dtype), None, mask)
+
+
+class TrainedLinear(nn.Module):
+    """One compressed linear `[N, K]` with its low-rank branch; `forward()` is its effective weight."""
+
+    def __init__(
+        self,
+        scheme: LinearScheme,
+        stage: StageConfig,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        train: Collection[Part],
+    ) -> None:
+        """`tensors` are the stored ones by suffix, and `stage` the recipe's stage that made them."""
+        super().__init__()
+        self.scheme, self.shape = scheme, shape
+        plain = scheme.model_copy(update={"low_rank": None})
+        bits, symmetric = (stage.bits, stage.symmetric) if isinstance(stage, IntegerSettings) else (8, True)
+        self.weight = _trainable(plain, tensors, shape, "weights", train, CodeRange.of(bits, symmetric))
+        self.v: IntegerWeight | FloatWeight | None = None
+        self.u: IntegerWeight | FloatWeight | None = None
+        branch = scheme.low_rank
+        if branch is None:
+            return
+        if branch.parts is None:
+            self.v = FloatWeight(Logical(tensors["V"][0].T, None, None), "branch", train)
+            self.u = FloatWeight(Logical(tensors["U"], None, None), "branch", train)
+            return
+        (n, k), allowed = shape, CodeRange.of(branch.parts[0].integers.bits, True)  # type: ignore[union-attr]
+        inside: Collection[Part] = ("weights", "scales") if "branch" in train and "weights" in train else ()
+        inside = inside or (("scales",) if "branch" in train else ())
+        v, u = ({m[2:]: t for m, t in tensors.items() if m.startswith(f"{part}.")} for part in "VU")
+        self.v = _trainable(branch.parts[0], v, (branch.rank, k), "branch", inside, allowed)
+        self.u = _trainable(branch.parts[1], u, (n, branch.rank), "branch", inside, allowed)
+
+    def trained(self) -> Trained:
+        """As `IntegerWeight.trained`."""
+        yield from ((f"weight.{name}", part, parameter) for name, part, parameter in self.weight.trained())
+        for half, module in (("v", self.v), ("u", self.u)):
+            if module is not None:
+                yield from ((f"{half}.{name}", "branch", parameter) for name, _, parameter in module.trained())
+
+    def forward(self) -> Tensor:
+        """The effective weight `[N, K]`, fp32, exactly as `serving.storage.effective_weight` gives it."""
+        weight: Tensor = self.weight()
+        return weight if self.u is None or self.v is None else torch.addmm(weight, self.u(), self.v())
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors to store now, by suffix; `tensors` are those it started from."""
+        plain = self.scheme.model_copy(update={"low_rank": None})
+        mask = unpack_weight(plain, tensors, self.shape).mask
+        packed = pack_logical(plain, self.weight.logical(mask))
+        branch = self.scheme.low_rank
+        if branch is None or self.v is None or self.u is None:
+            return packed
+        v, u = self.v.logical(None), self.u.logical(None)
+        if branch.parts is None:
+            assert v.weight is not None and u.weight is not None
+            return packed | {"V": v.weight.T[None].contiguous(), "U": u.weight.contiguous()}
+        for name, part, logical in zip("VU", branch.parts, (v, u), strict=True):
+            packed |= {f"{name}.{suffix}": tensor for suffix, tensor in pack_logical(part, logical).items()}
+        return packed
+
+
+# What is trained of a block, by parameter name inside it.
+Weights: TypeAlias = Mapping[str, TrainedLinear | FloatWeight]
+
+
+def trainable_weights(
+    block: nn.Module,
+    prefix: str,
+    stages: Mapping[str, StageConfig],
+    tensors: Mapping[str, Tensor],
+    checkpoint: Mapping[str, TensorInfo],
+    train: Collection[Part],
+) -> dict[str, TrainedLinear | FloatWeight]:
+    """What may be trained of the block called `prefix`, by parameter name inside it: its linears in `stages`, whose
+    stored forms are among `tensors` (by full name), and with `norms` its norms, in the `checkpoint`'s dtype."""
+    found: dict[str, TrainedLinear | FloatWeight] = {}
+    norms: dict[str, TrainedLinear | FloatWeight] = {}
+    for inner, module in block.named_modules():
+        name, weight = f"{prefix}.{inner}", getattr(module, "weight", None)
+        if name in stages and isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
+            found[f"{inner}.weight"] = TrainedLinear(stages[name].scheme(shape), stages[name], own, shape, train)
+        elif "norms" in train and isinstance(weight, nn.Parameter) and weight.ndim == 1:
+            stored = tensors.get(f"{name}.weight", weight).to(checkpoint[f"{name}.weight"].dtype)
+            norms[f"{inner}.weight"] = FloatWeight(Logical(stored, None, None), "norms", train)
+    return {**found, **norms}
+
+
+def stored_tensors(weights: Weights, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What to store for trained `weights` of the block called `prefix`, by full name; `tensors` are what they started
+    from. Trained norms are among them under their own names."""
+    packed: dict[str, Tensor] = {}
+    for inner, module in weights.items():
+        name = f"{prefix}.{inner.removesuffix('.weight')}"
+        if isinstance(module, FloatWeight):
+            packed[f"{name}.weight"] = module().detach().to(module.dtype)
+        else:
+            own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
+            packed |= {f"{name}.{suffix}": tensor for suffix, tensor in module.stored(own).items()}
+    return packed
+
+
+def trained_parameters(weights: Weights) -> dict[str, tuple[Part, nn.Parameter]]:
+    """Everything that is trained in `weights`, by full name."""
+    return {
+        f"{name}.{inner}": (part, parameter)
+        for name, module in weights.items()
+        for inner, part, parameter in module.trained()
+    }
+
+
+def unit_of(weight: Tensor) -> float:
+    """The power of two next to `weight`'s root mean square, so that dividing by it loses nothing; 1 for zeros."""
+    mean = float(weight.float().square().sum() / weight.count_nonzero().clamp(min=1))
+    return float(2.0 ** round(torch.tensor(mean).log2().item() / 2)) if mean > 0 else 1.0
+
+
+def _trainable(
+    scheme: LinearScheme,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    part: Part,
+    train: Collection[Part],
+    allowed: CodeRange,
+) -> IntegerWeight | FloatWeight:
+    logical = unpack_weight(scheme, tensors, shape)
+    if scheme.integers is None:
+        return FloatWeight(logical, part, train)
+    middle = 1 << (scheme.integers.bits - 1)
+    return IntegerWeight(logical, allowed, scheme.integers.group_size, middle, train)
