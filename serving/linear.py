@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .errors import InputError
 from .scheme import LinearScheme
+
+Backend = Literal["auto", "triton", "cpu", "reference"]
 
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
 _CHANGING = threading.Lock()
@@ -43,6 +45,7 @@ class CompressedWeight(nn.Module):
         for name, spec in storage.weight_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: Prepared | None = None
+        self.backend: Backend = "auto"
 
     @property
     def op(self) -> str:
@@ -67,7 +70,10 @@ class CompressedWeight(nn.Module):
         with _CHANGING:
             if self._prepared is None:
                 weight = self._weight()
-                self._prepared = dispatch.prepare(weight, dtype)
+                if self.backend == "reference":
+                    self._prepared = dispatch.reference(weight, "backend='reference' was asked for")
+                else:
+                    self._prepared = dispatch.prepare(weight, dtype)
                 if self._prepared.backend != "reference":
                     for name in weight.tensors:
                         setattr(self, name, None)
@@ -77,6 +83,14 @@ class CompressedWeight(nn.Module):
         """Compare the implementation for `dtype` with the reference on random inputs; see `dispatch.verify`."""
         self._restore()
         return dispatch.verify(self._weight(), dtype, tokens, seed)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` `[..., K]` -> `[..., N]`. Gradients reach `x`, for adapters in earlier layers; the weight is frozen."""
+        prepared = self._prepared or self.prepare(x.dtype)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return prepared(x, bias)
+        y: Tensor = _Multiply.apply(x, self)
+        return y if bias is None else y + bias
 
     def _weight(self) -> Weight:
         tensors = {name: getattr(self, name) for name in storage.weight_specs(self.scheme, self.shape)}
@@ -163,8 +177,7 @@ class CompressedLinear(CompressedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
-        prepared = self._prepared or self.prepare(x.dtype)
-        y = prepared(x, self.bias)
+        y = self.multiply(x, self.bias)
         return y if self.scheme.low_rank is None else y + self._branch(x)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,6 +197,21 @@ class CompressedLinear(CompressedWeight):
         assert not isinstance(v, Tensor) and not isinstance(u, Tensor)  # both or neither are integers
         result: Tensor = u(v(x))
         return result
+
+
+class _Multiply(torch.autograd.Function):
+    """`x @ W.T` by whatever runs the module; W is expanded again for the gradient, instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: CompressedWeight) -> Tensor:  # type: ignore[override]
+        ctx.module = module
+        return module.prepare(x.dtype)(x, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        module = ctx.module
+        tensors = module.prepare(grad.dtype).restore()
+        return grad @ storage.dense_weight(module.scheme, tensors, module.shape, grad.dtype), None
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
