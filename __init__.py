@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from .serving.errors import HalfweightError, InputError, RunError
     from .serving.inspect import inspect_checkpoint
     from .serving.load import load, load_tokenizer
+    from .serving.lora import lora_config
     from .serving.sources import resolve_model
-    from .serving.warmup import explain, warmup
+    from .serving.warmup import Choice, explain, warmup
 
 __all__ = [
+    "Choice",
     "CompressionReport",
     "HalfweightError",
     "InputError",
@@ -42,6 +44,7 @@ __all__ = [
     "inspect_checkpoint",
     "load",
     "load_tokenizer",
+    "lora_config",
     "make_delta",
     "plan",
     "resolve_model",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Choice": "serving.warmup",
     "CompressionReport": "compress.report",
     "HalfweightError": "serving.errors",
     "InputError": "serving.errors",
@@ -62,6 +66,7 @@ _HOME = {
     "inspect_checkpoint": "serving.inspect",
     "load": "serving.load",
     "load_tokenizer": "serving.load",
+    "lora_config": "serving.lora",
     "make_delta": "compress.export.delta",
     "plan": "compress.plan",
     "resolve_model": "serving.sources",

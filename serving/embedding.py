@@ -48,8 +48,7 @@ class CompressedEmbedding(CompressedWeight):
 
     def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., hidden]` -> `[..., vocabulary]`."""
-        prepared = self._prepared or self.prepare(x.dtype)
-        return prepared(x, bias)
+        return self.multiply(x, bias)
 
     @property
     def op(self) -> str:

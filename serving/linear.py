@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .errors import InputError
 from .scheme import LinearScheme
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
+Backend = Literal["auto", "triton", "cpu", "reference"]
 
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
 _CHANGING = threading.Lock()
@@ -47,6 +48,7 @@ class CompressedWeight(nn.Module):
         for name, spec in storage.weight_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: Prepared | None = None
+        self.backend: Backend = "auto"
 
     @property
     def op(self) -> str:
@@ -71,7 +73,10 @@ class CompressedWeight(nn.Module):
         with _CHANGING:
             if self._prepared is None:
                 weight = self._weight()
-                self._prepared = dispatch.prepare(weight, dtype)
+                if self.backend == "reference":
+                    self._prepared = dispatch.reference(weight, "backend='reference' was asked for")
+                else:
+                    self._prepared = dispatch.prepare(weight, dtype)
                 if self._prepared.backend != "reference":
                     for name in weight.tensors:
                         setattr(self, name, None)
@@ -81,6 +86,17 @@ class CompressedWeight(nn.Module):
         """Compare the implementation for `dtype` with the reference on random inputs; see `dispatch.verify`."""
         self._restore()
         return dispatch.verify(self._weight(), dtype, tokens, seed)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` `[..., K]` -> `[..., N]`. Gradients reach `x`, for adapters in earlier layers; the weight is frozen."""
+        prepared = self._prepared or self.prepare(x.dtype)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return prepared(x, bias)
+        if self.scheme.selection is not None:  # what is not read has no gradient either
+            weight = storage.weight_of(self.scheme, prepared.restore(), self.shape, x.dtype)
+            return weight.linear(x, bias)
+        y: Tensor = _Multiply.apply(x, self)
+        return y if bias is None else y + bias
 
     def _weight(self) -> Weight:
         tensors = {name: getattr(self, name) for name in storage.weight_specs(self.scheme, self.shape)}
@@ -173,7 +189,7 @@ class CompressedLinear(CompressedWeight):
         prepared = self._prepared or self.prepare(x.dtype)
         if prepared.run_all is not None and (self.dense_tokens or self.dense_prefill) and x.ndim > 1:
             return self._partly_dense(x, prepared.run_all, prepared.run)
-        y = prepared(x, self.bias)
+        y = self.multiply(x, self.bias)
         return y if self.scheme.added_branch is None else y + self._branch(x)
 
     def _partly_dense(self, x: Tensor, run_all: Run, run: Run) -> Tensor:
@@ -227,6 +243,21 @@ def read_all_in_prefill(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             module.dense_prefill = True
+
+
+class _Multiply(torch.autograd.Function):
+    """`x @ W.T` by whatever runs the module; W is expanded again for the gradient, instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: CompressedWeight) -> Tensor:  # type: ignore[override]
+        ctx.module = module
+        return module.prepare(x.dtype)(x, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        module = ctx.module
+        tensors = module.prepare(grad.dtype).restore()
+        return grad @ storage.dense_weight(module.scheme, tensors, module.shape, grad.dtype), None
 
 
 def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:

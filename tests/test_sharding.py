@@ -1,0 +1,127 @@
+"""A part of a stored linear is the part of its weight: cutting stored tensors and cutting the dense weight agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfweight.serving.errors import InputError
+from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme
+from halfweight.serving.sharding import along_columns, along_rows, column_scheme
+from halfweight.serving.storage import effective_weight, pack_branch, pack_weight, validate
+from halfweight.triton_kernels.formats.integers import Quantized
+
+N, K = 24, 128
+
+
+def integers(bits: int = 4, group_size: int = 16, symmetric: bool = False) -> IntegerScheme:
+    return IntegerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+SCHEMES = {
+    "2:4": LinearScheme(pattern="2:4", density=0.5),
+    "int4": LinearScheme(pattern="dense", density=1.0, integers=integers()),
+    "int8": LinearScheme(pattern="dense", density=1.0, integers=integers(8, 32, True)),
+    "2:4 int4": LinearScheme(pattern="2:4", density=0.5, integers=integers()),
+    "groups": LinearScheme(pattern="1x16", density=0.5, integers=integers(), kept=4, segments=4),
+    "2:4 + rank 4": LinearScheme(pattern="2:4", density=0.5, low_rank=LowRankScheme(rank=4)),
+    "int4 + rank 8 int4": LinearScheme(
+        pattern="dense",
+        density=1.0,
+        integers=integers(),
+        low_rank=LowRankScheme(rank=8, integers=integers(4, 32, True)),
+    ),
+}
+
+
+def packed(scheme: LinearScheme) -> dict[str, Tensor]:
+    """Random stored tensors of a linear `[N, K]`."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, K, generator=generator)
+    mask = torch.ones(N, K, dtype=torch.bool)
+    if scheme.pattern == "2:4":
+        mask = torch.tensor([True, False, True, False]).repeat(K // 4).expand(N, K).clone()
+        mask[::3] = mask[::3].roll(1, 1)
+    elif scheme.group is not None:
+        mask = torch.zeros(N, K // 16, dtype=torch.bool)
+        mask[:, ::2] = True  # one group in each of the four segments of two
+        mask[1::2] = mask[1::2].roll(1, 1)
+        mask = mask.repeat_interleave(16, 1)
+    quantized = None if scheme.integers is None else random_codes(scheme.integers, N, K, generator)
+    tensors = pack_weight(weight * mask, scheme, quantized, mask)
+    if scheme.low_rank is not None:
+        v, u = torch.randn(K, scheme.low_rank.rank, generator=generator), torch.randn(N, scheme.low_rank.rank)
+        codes = None
+        if scheme.low_rank.parts is not None:
+            inner, outer = (part.integers for part in scheme.low_rank.parts)
+            assert inner is not None
+            assert outer is not None
+            codes = (
+                random_codes(inner, scheme.low_rank.rank, K, generator),
+                random_codes(outer, N, scheme.low_rank.rank, generator),
+            )
+        tensors |= pack_branch(scheme.low_rank, v, u, codes)
+    return tensors
+
+
+def random_codes(integers: IntegerScheme, rows: int, columns: int, generator: torch.Generator) -> Quantized:
+    groups = -(-columns // integers.group_size)
+    codes = torch.randint(2**integers.bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, groups, generator=generator).half()
+    zeros = torch.randint(2**integers.bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    return Quantized(codes, scales, None if integers.symmetric else zeros)
+
+
+def dense(scheme: LinearScheme, tensors: dict[str, Tensor], rows: int, columns: int) -> Tensor:
+    """The effective weight; what was cut must be a valid form of its scheme, too."""
+    validate(scheme, tensors, (rows, columns))
+    return effective_weight(scheme, tensors, (rows, columns), torch.float32)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_along_the_inputs_are_columns_of_the_weight(name: str, size: int) -> None:
+    scheme, tensors = SCHEMES[name], packed(SCHEMES[name])
+    whole = dense(scheme, tensors, N, K)
+    cut = column_scheme(scheme, K, size)
+    for rank in range(size):
+        part = {key: along_columns(cut, key, tensor, rank, size) for key, tensor in tensors.items()}
+        width = K // size
+        expected = whole[:, rank * width : (rank + 1) * width]
+        torch.testing.assert_close(dense(cut, part, N, width), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_along_the_outputs_are_rows_of_the_weight(name: str) -> None:
+    scheme, tensors = SCHEMES[name], packed(SCHEMES[name])
+    whole = dense(scheme, tensors, N, K)
+    for start in (0, 8, 16):
+        part = {key: along_rows(scheme, key, tensor, start, 8) for key, tensor in tensors.items()}
+        torch.testing.assert_close(dense(scheme, part, 8, K), whole[start : start + 8], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "size", "hint"),
+    [
+        ("groups", K, 8, "4 segments"),
+        ("2:4", 136, 2, "no multiple of 8"),
+        ("2:4", 130, 4, "equal parts"),
+        ("int4", 96, 2, "whole pairs of groups"),
+        ("int8", 96, 2, "whole groups"),
+        ("int4 + rank 8 int4", 192, 4, "whole"),
+    ],
+)
+def test_cuts_that_the_format_does_not_allow_are_refused(name: str, columns: int, size: int, hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        column_scheme(SCHEMES[name], columns, size)
+
+
+def test_layer_balanced_groups_are_never_cut() -> None:
+    scheme = LinearScheme(pattern="1x16", density=0.5, integers=integers(), kept=96, balance="layer")
+    with pytest.raises(InputError, match="segments"):
+        column_scheme(scheme, K, 2)
+    row_start = torch.zeros(N + 1, dtype=torch.int32)
+    assert along_rows(scheme, "row_start", row_start, 0, N) is row_start
+    with pytest.raises(InputError, match="balance: layer"):
+        along_rows(scheme, "row_start", row_start, 0, N // 2)
