@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
@@ -45,6 +46,7 @@ app.command()(demo)
 app.command()(plan)
 app.command()(compress)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(inspect)
 app.command()(generate)
 app.command()(recipes)

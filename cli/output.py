@@ -27,6 +27,7 @@ _STAGES = {
     "blocks": "compress",
     "verify": "reload and verify",
     "eval": "evaluate",
+    "bench": "measure speed",
 }
 
 

@@ -18,7 +18,8 @@ from .errors import InputError
 from .scheme import LinearScheme
 
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
-_CHANGING = threading.Lock()
+# A form made of a linear and its branch asks for the branch's weights meanwhile.
+_CHANGING = threading.RLock()
 
 
 class CompressedWeight(nn.Module):
@@ -43,6 +44,8 @@ class CompressedWeight(nn.Module):
         for name, spec in storage.weight_specs(scheme, shape).items():
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: Prepared | None = None
+        # What to prepare instead of dispatch's choice: a speed verdict, see verdicts.py.
+        self.form: Callable[[Any, torch.dtype], Prepared] | None = None
 
     @property
     def op(self) -> str:
@@ -67,7 +70,7 @@ class CompressedWeight(nn.Module):
         with _CHANGING:
             if self._prepared is None:
                 weight = self._weight()
-                self._prepared = dispatch.prepare(weight, dtype)
+                self._prepared = dispatch.prepare(weight, dtype) if self.form is None else self.form(self, dtype)
                 if self._prepared.backend != "reference":
                     for name in weight.tensors:
                         setattr(self, name, None)
@@ -165,7 +168,8 @@ class CompressedLinear(CompressedWeight):
         """`x` `[..., K]` -> `[..., N]`; the result of a row of `x` depends on that row alone."""
         prepared = self._prepared or self.prepare(x.dtype)
         y = prepared(x, self.bias)
-        return y if self.scheme.low_rank is None else y + self._branch(x)
+        # A dense form has the branch's share in its weight.
+        return y if self.scheme.low_rank is None or prepared.backend == "dense" else y + self._branch(x)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with its zeros, plus the low-rank branch's share of it."""

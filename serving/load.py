@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import verdicts as speed_verdicts
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .skeleton import build_skeleton
@@ -60,10 +62,22 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
+_log = logging.getLogger("halfweight")
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    batch_size: int = 1,
+    verdicts: bool = True,
+) -> Any:
     """Load a checkpoint folder, dense or compressed, as a transformers causal language model in eval mode.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:i`; `dtype` is `auto` (see `resolve_dtype`), a name or a torch dtype.
+    Speed verdicts that the folder holds for this device and dtype and for decoding `batch_size` sequences at a time are
+    honoured, and one line on the logger `halfweight` says what that costs in memory; `verdicts=False` ignores them.
     Raises InputError, one line each, for a missing or damaged folder, an unknown format version, tensors of a wrong
     shape, missing tensors, and metadata that does not describe a valid pattern.
     """
@@ -72,10 +86,15 @@ def load(path: str | Path, device: str | torch.device = "auto", dtype: str | tor
     checkpoint = Checkpoint(path)
     build_skeleton(checkpoint, torch.float32)  # refuses what transformers would load with random weights
     where = resolve_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=resolve_dtype(dtype, where, stored_dtype(checkpoint)), local_files_only=True
-    )
-    return model.to(where).eval()
+    computed = resolve_dtype(dtype, where, stored_dtype(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=computed, local_files_only=True)
+    model = model.to(where).eval()
+    entry = speed_verdicts.find(checkpoint.path, where, computed, batch_size) if verdicts else None
+    if entry is not None:
+        applied = speed_verdicts.apply(model, entry, computed, str(checkpoint.path / speed_verdicts.FILE))
+        if applied.extra_bytes:
+            _log.warning("%s: %s holds %s", checkpoint.path, speed_verdicts.FILE, applied)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:
