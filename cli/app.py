@@ -16,6 +16,7 @@ from .inspect import inspect
 from .kernels import kernels
 from .plan import plan
 from .recipes import recipes
+from .report import report
 
 app = typer.Typer(
     name="halfweight",
@@ -47,6 +48,7 @@ app.command()(plan)
 app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(report)
 app.command()(inspect)
 app.command()(generate)
 app.command()(recipes)

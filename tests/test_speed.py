@@ -273,4 +273,5 @@ def test_bad_input_is_one_line(artifact: Path, llama: Path, cli: Cli) -> None:
     assert "exceed the model's context of 128" in one_line(cli("bench", artifact, "--prompt", 100, "--new", 100))
     assert "choose from a100" in one_line(cli("bench", artifact, "--gpu", "h1000"))
     assert "--apply keeps only what was measured" in one_line(cli("bench", artifact, "--gpu", "h100", "--apply"))
-    assert "dtype 'float8' is unknown" in one_line(cli("bench", artifact, "--new", 2, "--prompt", 2, "--dtypes", "float8"))
+    short = ("--prompt", 2, "--new", 2)
+    assert "dtype 'float8' is unknown" in one_line(cli("bench", artifact, *short, "--dtypes", "float8"))
