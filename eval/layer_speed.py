@@ -101,7 +101,7 @@ def judge(
     """The verdict on a kind of linear from its `times` as `compressed`, `dense` and, perhaps, `int4`."""
     op, scheme, shape = kind
     own, exact = own_form(scheme), op != "tied" and exact_int4(scheme) is not None
-    by_form = {own: times["compressed"], "dense": times["dense"]}
+    by_form: dict[str, Spread] = {own: times["compressed"], "dense": times["dense"]}
     if own != "int4" and "int4" in times and op != "tied":
         by_form["int4"] = times["int4"]
     possible = {form: spread.median for form, spread in by_form.items() if form != "int4" or own == "int4" or exact}

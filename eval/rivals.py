@@ -81,7 +81,8 @@ def contender(name: str, model: Any, dtype: torch.dtype) -> Contender:
 
 def linear_calls(model: Any, names: list[str]) -> dict[str, Callable[[Tensor], Tensor]]:
     """How to run the linears `names` of `model` and a compressed table's logits, by name, in the model's order."""
-    wanted, calls = set(names), {}
+    wanted = set(names)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, module in model.named_modules():
         if name not in wanted:
             continue

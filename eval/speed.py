@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -215,10 +216,8 @@ def _models(
             if turn:
                 taken[index].append(generation_seconds(contender.model, prompts[batch], new))
             else:
-                short = min(new, 4)
-                growth[index] = memory_growth(
-                    device, lambda c=contender, b=batch, s=short: generation_seconds(c.model, prompts[b], s)
-                )
+                short = partial(generation_seconds, contender.model, prompts[batch], min(new, 4))
+                growth[index] = memory_growth(device, short)
             if progress is not None:
                 progress(turn * len(settings) + index + 1, (rounds + 1) * len(settings))
     rows = []

@@ -11,7 +11,8 @@ from typing import Any
 from ...serving.errors import InputError, RunError
 from . import sections
 from .facts import Rivals, Scored, parse, read_artifact
-from .sections import Section, Sources, Tile
+from .parts import Section, Sources, Tile
+from .speed_section import speed
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def make_page(sources: Sources) -> Page:
         sections.quality(sources),
         sections.layers(sources),
         sections.search(sources),
-        sections.speed(sources),
+        speed(sources),
         sections.calibration(sources),
         *sections.provenance(sources),
     ]

@@ -1,80 +1,17 @@
-"""The parts of the page as plain data: sections of figures, tables and text, each a pure function of the facts."""
+"""The sections of the page, each a pure function of the facts."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
-from markupsafe import Markup
-
-from ..layer_speed import LayerSpeed
-from ..speed import ModelSpeed, Speed
 from . import charts
 from .charts import Point
-from .facts import Artifact, Rivals, Scored, by_block, comparable
+from .facts import Artifact, by_block, comparable
+from .parts import Figure, Section, Sources, Table, Tile, duration, size
+from .speed_section import best_settings
 
 _UNIFORM = 0.005  # what varies less is said in words
-MODELS = ("compressed", "dense", "int4")  # the order of colours
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its caption."""
-
-    svg: Markup
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under `headers`; the first `left` columns are words. A `folded` table opens on request."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int = 1
-    folded: bool = False
-    strong: int | None = None
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled part of the page; whatever is empty is left out."""
-
-    title: str
-    text: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
-    code: str = ""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A number to be seen first, what it is, and a word beside it."""
-
-    value: str
-    label: str
-    note: str = ""
-
-
-@dataclass
-class Sources:
-    """Everything the page is made from; `others` are artifacts to compare with."""
-
-    artifact: Artifact
-    others: list[Artifact] = field(default_factory=list)
-    rivals: list[Rivals] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-    command: str = ""
-    title: str = ""
-
-    @property
-    def model(self) -> str:
-        """The model without the folder it lay in."""
-        return Path(self.artifact.run.model).name
 
 
 def tiles(sources: Sources) -> list[Tile]:
@@ -159,8 +96,8 @@ def quality(sources: Sources) -> Section | None:
     alike = [own, *(artifact for artifact in sources.others if comparable(artifact.run, own.run))]
     if len(alike) > 1:
         points = [Point(a.run.effective_bits, a.run.dev.compressed, a.run.recipe, 0 if a is own else 1) for a in alike]
-        level = (own.run.dev.dense, f"dense, {own.run.dev.dense:.2f}")
-        svg = charts.scatter(points, "bits per decoder weight", "dev perplexity", level)
+        baseline = (own.run.dev.dense, f"dense, {own.run.dev.dense:.2f}")
+        svg = charts.scatter(points, "bits per decoder weight", "dev perplexity", baseline)
         figures.append(
             Figure(svg, f"{sources.model}: artifacts on the same dev set; lower and further left is better.")
         )
@@ -218,10 +155,10 @@ def layers(sources: Sources) -> Section:
         svg = charts.heat_map(names, blocks, density, "share of non-zero weights")
         figures.append(Figure(svg, "Weights left in each linear, counted in the stored tensors."))
     elif density:
-        bits = sources.artifact.run.effective_bits
+        average = sources.artifact.run.effective_bits
         text.append(
             f"Every decoder linear keeps {100 * median(density.values()):.1f} % of its weights, counted in the stored"
-            f" tensors, at {bits:.2f} bits per weight on average."
+            f" tensors, at {average:.2f} bits per weight on average."
         )
     if errors:
         depth = [[error for (_, at), error in errors.items() if at == block] for block in range(blocks)]
@@ -285,36 +222,6 @@ def search(sources: Sources) -> Section | None:
     )
 
 
-def speed(sources: Sources) -> Section | None:
-    """Measured speed beside the rivals, what ran, and the verdicts."""
-    found = sources.artifact.speed
-    if found is None:
-        return None
-    best = best_settings(found)
-    batches = sorted({row.batch for row in found.models})
-    names = [name for name in MODELS if any(row.model == name for row in found.models)]
-    groups = [f"batch {batch}" for batch in batches]
-    figures = []
-    for title, rate in (("decode", "decoding"), ("prefill", "prefill")):
-        values = {
-            (i, j): (best[name, batch].decode if title == "decode" else best[name, batch].prefill).median
-            for i, batch in enumerate(batches)
-            for j, name in enumerate(names)
-            if (name, batch) in best
-        }
-        svg = charts.bars(groups, names, values, f"{rate}, tokens/s")
-        figures.append(Figure(svg, f"Measured on {found.device}, each model in the setting where it decodes fastest."))
-    return Section(
-        "Speed",
-        [
-            f"Dense: {found.dense}. Int4: {found.int4}. {found.prompt} tokens of prompt, {found.new} decoded, medians"
-            f" of {found.rounds} rounds in which all settings took turns."
-        ],
-        figures,
-        [_model_table(found, best), _kernel_table(found), _verdict_table(found.layers)],
-    )
-
-
 def calibration(sources: Sources) -> Section:
     """What the run calibrated and measured itself on."""
     run = sources.artifact.run
@@ -359,38 +266,6 @@ def provenance(sources: Sources) -> list[Section]:
     ]
 
 
-def best_settings(found: Speed) -> dict[tuple[str, int], ModelSpeed]:
-    """The setting in which each model decodes fastest, by model and batch size."""
-    best: dict[tuple[str, int], ModelSpeed] = {}
-    for row in found.models:
-        known = best.get((row.model, row.batch))
-        if known is None or row.decode.median > known.decode.median:
-            best[row.model, row.batch] = row
-    return best
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.1f} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.1f} kB"
-    )
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min` or `2.2 h`."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def _weighted_by_block(
     artifact: Artifact, spots: dict[str, tuple[int, int]], blocks: int
 ) -> tuple[list[float], list[float]]:
@@ -404,72 +279,3 @@ def _weighted_by_block(
             bits[block] += layer.bits * count
     shares = [[part / max(1.0, whole) for part, whole in zip(parts, weights, strict=True)] for parts in (kept, bits)]
     return shares[0], shares[1]
-
-
-def _model_table(found: Speed, best: dict[tuple[str, int], ModelSpeed]) -> Table:
-    rows = []
-    for row in found.models:
-        fastest = best[row.model, row.batch] is row
-        rows.append(
-            [
-                row.model + (" (fastest)" if fastest else ""),
-                row.dtype + ("" if row.threads is None else f", {row.threads} threads"),
-                str(row.batch),
-                f"{row.prefill.median:.0f}",
-                f"{row.decode.median:.1f} ({row.decode.low:.1f}-{row.decode.high:.1f})",
-                f"{row.gigabytes_per_second:.1f}",
-                size(row.memory_bytes),
-                "-" if row.ratio_to_dense is None else f"{row.ratio_to_dense:.2f}",
-                "-" if row.ratio_to_int4 is None else f"{row.ratio_to_int4:.2f}",
-            ]
-        )
-    headers = (
-        "model",
-        "setting",
-        "batch",
-        "prefill tok/s",
-        "decode tok/s (low-high)",
-        "GB/s",
-        "memory",
-        "x dense",
-        "x int4",
-    )
-    return Table("Models", headers, rows, left=2)
-
-
-def _kernel_table(found: Speed) -> Table:
-    rows = [
-        [
-            f"{kernel.pattern} {kernel.numbers}",
-            f"{kernel.shape[0]} x {kernel.shape[1]}",
-            str(kernel.count),
-            kernel.dtype,
-            kernel.backend,
-            kernel.reason,
-        ]
-        for kernel in found.kernels
-    ]
-    headers = ("linear", "N x K", "count", "dtype", "runs on", "why")
-    return Table("What runs the linears", headers, rows, left=6, folded=True)
-
-
-def _verdict_table(found: Sequence[LayerSpeed]) -> Table:
-    rows = []
-    for layer in found:
-        int4 = layer.times.get("int4")
-        shown = "-" if int4 is None or layer.own == "int4" else f"{int4.median:.0f}"
-        rows.append(
-            [
-                f"{layer.pattern} {layer.numbers}",
-                f"{layer.shape[0]} x {layer.shape[1]} ({layer.count})",
-                layer.dtype,
-                str(layer.tokens),
-                f"{layer.times[layer.own].median:.0f}",
-                shown if layer.int4_exact or shown == "-" else f"({shown})",
-                f"{layer.times['dense'].median:.0f}",
-                layer.verdict,
-                f"{layer.reason} [{layer.evidence}]",
-            ]
-        )
-    headers = ("linear", "N x K (count)", "dtype", "tokens", "stored us", "int4 us", "dense us", "verdict", "why")
-    return Table("Verdict on every kind of linear", headers, rows, left=3, folded=True)
