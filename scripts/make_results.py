@@ -103,8 +103,8 @@ def make_files(rows: Sequence[Row], dense: dict[str, float]) -> dict[str, str]:
         found = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["effective_bits"])
         picture = f"{''.join(c if c.isalnum() or c in '-.' else '-' for c in model)}.svg"
         files[picture] = draw(found, dense.get(model))
-        baseline = f"Dense test perplexity: {dense[model]:.2f}.\n\n" if model in dense else ""
-        parts += [f"## {escape_markdown(model)}\n\n![{escape_markdown(model)}]({picture})\n\n{baseline}", table(found)]
+        baseline = f"\nDense test perplexity: {dense[model]:.2f}.\n" if model in dense else ""
+        parts += [f"## {escape_markdown(model)}\n\n![{escape_markdown(model)}]({picture})\n{baseline}", table(found)]
     files["README.md"] = "\n".join(parts)
     return files
 
