@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
@@ -16,6 +17,7 @@ from .inspect import inspect
 from .kernels import kernels
 from .plan import plan
 from .recipes import recipes
+from .report import report
 
 app = typer.Typer(
     name="halfweight",
@@ -46,6 +48,8 @@ app.command()(demo)
 app.command()(plan)
 app.command()(compress)
 app.command("eval")(evaluate)
+app.command()(bench)
+app.command()(report)
 app.command()(inspect)
 app.command()(generate)
 app.command()(export)

@@ -23,7 +23,8 @@ Run = Callable[[Tensor, Tensor | None], Tensor]
 Backend = Literal["auto", "triton", "cpu", "reference"]
 
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
-_CHANGING = threading.Lock()
+# A form made of a linear and its branch asks for the branch's weights meanwhile.
+_CHANGING = threading.RLock()
 
 
 class CompressedWeight(nn.Module):
@@ -49,6 +50,8 @@ class CompressedWeight(nn.Module):
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: Prepared | None = None
         self.backend: Backend = "auto"
+        # What to prepare instead of dispatch's choice: a speed verdict, see verdicts.py.
+        self.form: Callable[[Any, torch.dtype], Prepared] | None = None
 
     @property
     def op(self) -> str:
@@ -73,7 +76,9 @@ class CompressedWeight(nn.Module):
         with _CHANGING:
             if self._prepared is None:
                 weight = self._weight()
-                if self.backend == "reference":
+                if self.form is not None:
+                    self._prepared = self.form(self, dtype)
+                elif self.backend == "reference":
                     self._prepared = dispatch.reference(weight, "backend='reference' was asked for")
                 else:
                     self._prepared = dispatch.prepare(weight, dtype)
@@ -90,7 +95,7 @@ class CompressedWeight(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`. Gradients reach `x`, for adapters in earlier layers; the weight is frozen."""
         prepared = self._prepared or self.prepare(x.dtype)
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if prepared.backend == "dense" or not (x.requires_grad and torch.is_grad_enabled()):
             return prepared(x, bias)
         if self.scheme.selection is not None:  # what is not read has no gradient either
             weight = storage.weight_of(self.scheme, prepared.restore(), self.shape, x.dtype)
@@ -190,7 +195,9 @@ class CompressedLinear(CompressedWeight):
         if prepared.run_all is not None and (self.dense_tokens or self.dense_prefill) and x.ndim > 1:
             return self._partly_dense(x, prepared.run_all, prepared.run)
         y = self.multiply(x, self.bias)
-        return y if self.scheme.added_branch is None else y + self._branch(x)
+        # A dense form has the branch's share in its weight.
+        whole = self.scheme.added_branch is None or prepared.backend == "dense"
+        return y if whole else y + self._branch(x)
 
     def _partly_dense(self, x: Tensor, run_all: Run, run: Run) -> Tensor:
         tokens = x.shape[-2]

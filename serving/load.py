@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from . import verdicts as speed_verdicts
 from .checkpoint import Checkpoint
 from .errors import InputError, did_you_mean
 from .linear import Backend, CompressedWeight
@@ -62,20 +64,27 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
+_log = logging.getLogger("halfweight")
+
+
 def load(
     path: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     *,
     backend: str = "auto",
+    batch_size: int = 1,
+    verdicts: bool = True,
 ) -> Any:
     """Load a checkpoint folder, dense or compressed, as a transformers causal language model in eval mode.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:i`; `dtype` is `auto` (see `resolve_dtype`), a name or a torch dtype.
     `backend` is what runs the compressed weights: `auto` (the fastest that can; `explain` says which and why),
-    `reference`, or `triton` or `cpu`, which are refused where they cannot run. The model may be called from several
-    threads. Raises InputError, one line each, for a missing or damaged folder, an unknown format version, tensors of a
-    wrong shape, missing tensors, and metadata that does not describe a valid pattern.
+    `reference`, or `triton` or `cpu`, which are refused where they cannot run. Speed verdicts that the folder holds for
+    this device and dtype and for decoding `batch_size` sequences at a time are honoured with `auto`, and one line on the
+    logger `halfweight` says what that costs in memory; `verdicts=False` ignores them. The model may be called from
+    several threads. Raises InputError, one line each, for a missing or damaged folder, an unknown format version,
+    tensors of a wrong shape, missing tensors, and metadata that does not describe a valid pattern.
     """
     from transformers import AutoModelForCausalLM
 
@@ -84,11 +93,16 @@ def load(
     if backend not in get_args(Backend):
         raise InputError(f"backend {backend!r} is unknown{did_you_mean(backend, list(get_args(Backend)))}")
     where = resolve_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=resolve_dtype(dtype, where, stored_dtype(checkpoint)), local_files_only=True
-    )
+    computed = resolve_dtype(dtype, where, stored_dtype(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=computed, local_files_only=True)
     model = model.to(where).eval()
     choose_backend(model, backend)
+    judged = verdicts and backend == "auto"
+    entry = speed_verdicts.find(checkpoint.path, where, computed, batch_size) if judged else None
+    if entry is not None:
+        applied = speed_verdicts.apply(model, entry, computed, str(checkpoint.path / speed_verdicts.FILE))
+        if applied.extra_bytes:
+            _log.warning("%s: %s holds %s", checkpoint.path, speed_verdicts.FILE, applied)
     return model
 
 

@@ -1,0 +1,281 @@
+"""The sections of the page, each a pure function of the facts."""
+
+from __future__ import annotations
+
+import shlex
+from statistics import median
+
+from . import charts
+from .charts import Point
+from .facts import Artifact, by_block, comparable
+from .parts import Figure, Section, Sources, Table, Tile, duration, size
+from .speed_section import best_settings
+
+_UNIFORM = 0.005  # what varies less is said in words
+
+
+def tiles(sources: Sources) -> list[Tile]:
+    """The numbers at the top."""
+    run, speed = sources.artifact.run, sources.artifact.speed
+    found = [
+        Tile(
+            f"{run.effective_bits:.2f}", "bits per decoder weight", f"{run.effective_bits_model:.2f} in the whole model"
+        ),
+        Tile(f"{run.dev.compressed:.2f}", "dev perplexity", f"dense {run.dev.dense:.2f}"),
+        Tile(size(run.bytes), "on disk"),
+    ]
+    best = None if speed is None else best_settings(speed).get(("compressed", min(row.batch for row in speed.models)))
+    if best is not None and best.ratio_to_dense is not None:
+        against = "" if best.ratio_to_int4 is None else f", {best.ratio_to_int4:.2f}x int4"
+        found.append(
+            Tile(f"{best.ratio_to_dense:.2f}x", "decoding speed of dense", f"measured at batch {best.batch}{against}")
+        )
+    worst = max(run.layers, key=lambda layer: layer.error, default=None)
+    if worst is not None:
+        found.append(Tile(f"{worst.error:.3f}", "largest layer error", worst.name))
+    return found
+
+
+def headline(sources: Sources) -> Section:
+    """The artifact beside those it is compared with."""
+    own = sources.artifact
+    alike = [own, *sources.others]
+    rows = [
+        [
+            "dense",
+            "-",
+            "16.00",
+            "-",
+            f"{own.run.dev.dense:.3f}",
+            "1.000",
+            "-",
+            "-",
+        ]
+    ]
+    for artifact in alike:
+        run = artifact.run
+        fits = comparable(run, own.run)
+        rows.append(
+            [
+                artifact.name,
+                run.recipe,
+                f"{run.effective_bits:.2f}",
+                size(run.bytes),
+                f"{run.dev.compressed:.3f}" + ("" if fits else " *"),
+                f"{run.dev.compressed / run.dev.dense:.3f}",
+                duration(run.seconds),
+                f"{run.peak_rss_gb:.2f} GB",
+            ]
+        )
+    headers = ("", "recipe", "bits", "on disk", "dev perplexity", "over dense", "time", "peak memory")
+    note = [run.note] if (run := own.run).note else []
+    others = [artifact.name for artifact in sources.others if not comparable(artifact.run, own.run)]
+    if others:
+        note.append(f"* measured on another model or text, so the numbers do not compare: {', '.join(others)}.")
+    scores = [
+        [
+            score.model,
+            score.text,
+            f"{score.perplexity:.3f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.3f}"),
+            str(score.tokens),
+            str(score.seqlen),
+        ]
+        for score in sources.scored
+    ]
+    tables = [Table("", headers, rows, left=2, strong=1)]
+    if scores:
+        tables.append(
+            Table("Evaluated", ("model", "text", "perplexity ± standard error", "tokens", "window"), scores, 2)
+        )
+    return Section("At a glance", note, (), tables)
+
+
+def quality(sources: Sources) -> Section | None:
+    """Perplexity against bits: artifacts on their dev set, and the rivals' comparisons on theirs."""
+    own, figures, tables = sources.artifact, [], []
+    alike = [own, *(artifact for artifact in sources.others if comparable(artifact.run, own.run))]
+    if len(alike) > 1:
+        points = [Point(a.run.effective_bits, a.run.dev.compressed, a.run.recipe, 0 if a is own else 1) for a in alike]
+        baseline = (own.run.dev.dense, f"dense, {own.run.dev.dense:.2f}")
+        svg = charts.scatter(points, "bits per decoder weight", "dev perplexity", baseline)
+        figures.append(
+            Figure(svg, f"{sources.model}: artifacts on the same dev set; lower and further left is better.")
+        )
+    for rivals in sources.rivals:
+        for model in dict.fromkeys(row.model for row in rivals.rows):
+            rows = [row for row in rivals.rows if row.model == model]
+            dense = next((row.perplexity for row in rows if row.tool == "dense"), None)
+            marked = [row for row in rows if row.tool != "dense"]
+            points = [
+                Point(row.stored_bits, row.perplexity, row.method, 0 if row.tool == "halfweight" else 2)
+                for row in marked
+            ]
+            if points:
+                level = None if dense is None else (dense, f"dense, {dense:.2f}")
+                tools = list(dict.fromkeys(row.tool for row in marked if row.tool != "halfweight"))
+                named = {0: "halfweight", 2: ", ".join(tools)}
+                used = {number: name for number, name in named.items() if any(p.series == number for p in points)}
+                svg = charts.scatter(points, "bits stored per decoder weight", "perplexity", level, used)
+                figures.append(Figure(svg, f"{model} beside other tools, on one text."))
+        cells = [
+            [
+                row.model,
+                row.label,
+                f"{row.stored_bits:.2f}",
+                f"{row.perplexity:.2f}",
+                "-" if row.seconds is None else f"{row.seconds:.0f}",
+                "-" if row.peak_gb is None else f"{row.peak_gb:.2f}",
+            ]
+            for row in rivals.rows
+        ]
+        headers = ("model", "tool and method", "bits stored", "perplexity", "seconds", "peak GB")
+        tables.append(Table("Comparison with other tools", headers, cells, left=2, folded=True))
+    return Section("Quality against bits", (), figures, tables) if figures else None
+
+
+def layers(sources: Sources) -> Section:
+    """Where the error is, and what is left of every layer."""
+    run, held = sources.artifact.run, sources.artifact.inspection.layers
+    kinds, blocks, place = by_block([layer.name for layer in held])
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    names = short if len(set(short)) == len(short) else kinds
+    spots = {layer.name: spot for layer in held if (spot := place(layer.name)) is not None}
+    figures, text = [], []
+    errors = {spots[layer.name]: layer.error for layer in run.layers if layer.name in spots}
+    if errors:
+        svg = charts.heat_map(names, blocks, errors, "relative output error", log=True)
+        figures.append(
+            Figure(
+                svg, "Share of each linear's output energy that compression lost, on held-out inputs. Darker is worse."
+            )
+        )
+    density = {spots[layer.name]: layer.density for layer in held if layer.name in spots}
+    spread = max(density.values(), default=0.0) - min(density.values(), default=0.0)
+    if spread > _UNIFORM:
+        svg = charts.heat_map(names, blocks, density, "share of non-zero weights")
+        figures.append(Figure(svg, "Weights left in each linear, counted in the stored tensors."))
+    elif density:
+        average = sources.artifact.run.effective_bits
+        text.append(
+            f"Every decoder linear keeps {100 * median(density.values()):.1f} % of its weights, counted in the stored"
+            f" tensors, at {average:.2f} bits per weight on average."
+        )
+    if errors:
+        depth = [[error for (_, at), error in errors.items() if at == block] for block in range(blocks)]
+        curves = {"worst": [max(found, default=0.0) for found in depth], "median": [median(f or [0.0]) for f in depth]}
+        svg = charts.profile(curves, "block", "relative output error")
+        figures.append(Figure(svg, "Error by depth: the worst and the median linear of each block."))
+    shares, bits_per_block = _weighted_by_block(sources.artifact, spots, blocks)
+    for title, values, caption in (
+        ("share of non-zero weights", shares, "Sparsity profile: weights left in each block."),
+        ("bits per weight", bits_per_block, "Bits stored per weight in each block, scales and metadata included."),
+    ):
+        if values and max(values) - min(values) > _UNIFORM * max(values):
+            figures.append(Figure(charts.profile({title: values}, "block", title), caption))
+    by_kind = [
+        [
+            name,
+            (worst := max(found, key=lambda layer: layer.error)).name,
+            str(len(found)),
+            f"{median(layer.error for layer in found):.4f}",
+            f"{worst.error:.4f}",
+        ]
+        for row, name in enumerate(names)
+        if (found := [layer for layer in run.layers if spots.get(layer.name, (-1, 0))[0] == row])
+    ]
+    bits = {layer.name: layer.bits for layer in held}
+    every = [
+        [
+            layer.name,
+            layer.method,
+            f"{layer.pattern} {layer.numbers}",
+            f"{layer.density:.3f}",
+            f"{bits[layer.name]:.2f}" if layer.name in bits else "-",
+            f"{layer.error:.5f}",
+        ]
+        for layer in sorted(run.layers, key=lambda layer: -layer.error)
+    ]
+    tables = [
+        Table("Error by kind", ("linear", "worst in", "count", "median", "worst"), by_kind, 2),
+        Table(
+            "Every layer, worst first", ("linear", "method", "stored as", "density", "bits", "error"), every, 3, True
+        ),
+    ]
+    return Section("Layers", text, figures, tables)
+
+
+def search(sources: Sources) -> Section | None:
+    """How a search went, where the run had one."""
+    steps = sources.artifact.run.search
+    if not steps:
+        return None
+    best = [min(step.objective for step in steps[: i + 1]) for i in range(len(steps))]
+    svg = charts.profile(
+        {"tried": [step.objective for step in steps], "best so far": best}, "step", "objective", from_zero=False
+    )
+    rows = [[str(i), f"{step.objective:.5g}", step.detail] for i, step in enumerate(steps)]
+    return Section(
+        "Search",
+        (),
+        [Figure(svg, "The objective on the dev set, step by step.")],
+        [Table("", ("step", "objective", "tried"), rows, 0, True)],
+    )
+
+
+def calibration(sources: Sources) -> Section:
+    """What the run calibrated and measured itself on."""
+    run = sources.artifact.run
+    rows = [
+        ["text", run.calibration_data],
+        ["tokens", str(run.calibration_tokens)],
+        ["seed of the windows", str(run.seed)],
+        ["SHA-256 of the windows", run.windows_sha256],
+        [
+            "dev set",
+            f"{run.dev.windows} windows of {run.dev.seqlen} from the last tenth; {run.dev.tokens} tokens scored",
+        ],
+        ["computed in", f"{run.dtype} on {run.device}"],
+    ]
+    return Section("Calibration", (), (), [Table("", ("", ""), rows, left=2)])
+
+
+def provenance(sources: Sources) -> list[Section]:
+    """The recipe, versions, hashes and commands."""
+    artifact, run = sources.artifact, sources.artifact.run
+    checks = run.verification
+    rows = [
+        ["model", run.model],
+        ["folder", artifact.folder],
+        *([f"{name}", number] for name, number in run.versions.items()),
+        ["reloaded outputs differ by", f"{checks.relative_difference:.1e} (allowed {checks.tolerance:.0e})"],
+        ["time, peak memory", f"{duration(run.seconds)}, {run.peak_rss_gb:.2f} GB"],
+    ]
+    hashes = [[name, digest] for name, digest in artifact.sha256.items()]
+    flags = f"--calibration {shlex.quote(run.calibration_data)} --seed {run.seed}"
+    commands = [
+        f"halfweight compress {shlex.quote(run.model)} --recipe recipe.yaml {flags} --out {shlex.quote(artifact.name)}",
+        *([sources.command] if sources.command else []),
+    ]
+    tables = [Table("", ("", ""), rows, left=2)]
+    if hashes:
+        tables.append(Table("SHA-256", ("file", "hash"), hashes, left=2))
+    return [
+        Section("Recipe", ["As it ran, defaults written out."], code=artifact.recipe),
+        Section("Provenance", (), (), tables),
+        Section("Commands", code="\n".join(commands)),
+    ]
+
+
+def _weighted_by_block(
+    artifact: Artifact, spots: dict[str, tuple[int, int]], blocks: int
+) -> tuple[list[float], list[float]]:
+    """Non-zero share and stored bits per weight of every block."""
+    weights, kept, bits = ([0.0] * blocks for _ in range(3))
+    for layer in artifact.inspection.layers:
+        if layer.name in spots:
+            block, count = spots[layer.name][1], layer.shape[0] * layer.shape[1]
+            weights[block] += count
+            kept[block] += layer.density * count
+            bits[block] += layer.bits * count
+    shares = [[part / max(1.0, whole) for part, whole in zip(parts, weights, strict=True)] for parts in (kept, bits)]
+    return shares[0], shares[1]

@@ -1,0 +1,124 @@
+"""What a compressed model has to beat: its weights expanded, or another dense model, and dense int4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..serving import storage
+from ..serving.checkpoint import Checkpoint
+from ..serving.embedding import CompressedEmbedding
+from ..serving.int4 import as_int4, exact_int4, rounded_int4
+from ..serving.linear import CompressedLinear, expand_linears
+from ..serving.load import load
+from ..serving.scheme import IntegerScheme
+from ..serving.verdicts import use_dense
+
+INT4_GROUP = 128  # of weights that are on no grid of their own
+
+
+@dataclass
+class Contender:
+    """One model to time. `weights` are the bytes of its parameters, `read` those that a decode step reads."""
+
+    name: str
+    model: Any
+    dtype: torch.dtype
+    weights: int
+    read: int
+
+
+def compressed(folder: Path, device: torch.device, dtype: torch.dtype) -> Contender:
+    """The artifact as it is stored, verdicts ignored."""
+    return contender("compressed", load(folder, device, dtype, verdicts=False), dtype)
+
+
+def dense(folder: Path, dense_folder: Path | None, device: torch.device, dtype: torch.dtype) -> Contender:
+    """The model in `dense_folder`, or the artifact's own weights as dense matrices."""
+    if dense_folder is not None:
+        return contender("dense", load(dense_folder, device, dtype, verdicts=False), dtype)
+    model = load(folder, device, dtype, verdicts=False)
+    expand_linears(model, dtype)
+    for module in model.modules():
+        if isinstance(module, CompressedEmbedding):
+            use_dense(module, "the dense rival")
+    return contender("dense", model, dtype)
+
+
+def int4(folder: Path, device: torch.device, dtype: torch.dtype) -> Contender | None:
+    """The artifact with every compressed linear as dense int4, or None when all of them are that already.
+
+    Exact where it can be, else rounded, which does for a stop watch. A low-rank branch is gone; the embedding stays.
+    """
+    model = load(folder, device, dtype, verdicts=False)
+    artifact = Checkpoint(folder).artifact
+    names = artifact.linears if artifact is not None else {}
+    changed = [name for name in names if _to_int4(model, name, dtype)]
+    return contender("int4", model, dtype) if changed else None
+
+
+def contender(name: str, model: Any, dtype: torch.dtype) -> Contender:
+    """Count the bytes of `model`'s tensors; an embedding that no head shares is not read by a decode step."""
+    sizes: dict[int, int] = {}
+    table = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, CompressedEmbedding) and module.form is not None:
+            sizes[id(module)] = module.shape[0] * module.shape[1] * dtype.itemsize
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            sizes[id(tensor)] = tensor.numel() * tensor.element_size()
+    head = model.get_output_embeddings()
+    shared = isinstance(table, CompressedEmbedding) or getattr(head, "weight", None) is table.weight
+    looked_up = 0 if shared else sum(t.numel() * t.element_size() for t in table.parameters(recurse=False))
+    total = sum(sizes.values())
+    return Contender(name, model, dtype, total, total - looked_up)
+
+
+def linear_calls(model: Any, names: list[str]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """How to run the linears `names` of `model` and a compressed table's logits, by name, in the model's order."""
+    wanted = set(names)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, module in model.named_modules():
+        if name not in wanted:
+            continue
+        if isinstance(module, CompressedEmbedding):
+            calls[name] = module.logits
+        elif isinstance(module, nn.Embedding):
+            calls[name] = _product(module.weight)
+        else:
+            calls[name] = module
+    return calls
+
+
+def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: nn.functional.linear(x, weight)
+
+
+def _to_int4(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Replace the linear `name` by dense int4 unless it is that already; returns whether it was replaced."""
+    module = model.get_submodule(name)
+    if isinstance(module, CompressedLinear):
+        scheme = module.scheme
+        if scheme.storage == "integers" and scheme.low_rank is None and exact_int4(scheme) is not None:
+            return False
+        target = exact_int4(scheme)
+        weight = None if target is not None else module.effective_weight()
+    else:
+        target, weight = None, module.weight.detach()
+    if target is None:
+        target = IntegerScheme(bits=4, group_size=INT4_GROUP, symmetric=True)
+    replacement = CompressedLinear(
+        target.dense, module.in_features, module.out_features, module.bias is not None, device="meta", dtype=dtype
+    )
+    tensors = as_int4(scheme, module.stored(), module.shape) if weight is None else rounded_int4(weight, INT4_GROUP)
+    for key in storage.weight_specs(target.dense, replacement.shape):
+        setattr(replacement, key, tensors[key])
+    if module.bias is not None:
+        replacement.bias = module.bias.detach()
+    model.set_submodule(name, replacement.eval())
+    return True
