@@ -81,8 +81,8 @@ def load(
     `device` is `auto`, `cpu`, `cuda` or `cuda:i`; `dtype` is `auto` (see `resolve_dtype`), a name or a torch dtype.
     `backend` is what runs the compressed weights: `auto` (the fastest that can; `explain` says which and why),
     `reference`, or `triton` or `cpu`, which are refused where they cannot run. Speed verdicts that the folder holds for
-    this device and dtype and for decoding `batch_size` sequences at a time are honoured with `auto`, and one line on the
-    logger `halfweight` says what that costs in memory; `verdicts=False` ignores them. The model may be called from
+    this device and dtype and for decoding `batch_size` sequences at a time are honoured with `auto`, and one line on
+    the logger `halfweight` says what that costs in memory; `verdicts=False` ignores them. The model may be called from
     several threads. Raises InputError, one line each, for a missing or damaged folder, an unknown format version,
     tensors of a wrong shape, missing tensors, and metadata that does not describe a valid pattern.
     """

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..triton_kernels import dispatch
+from ..triton_kernels.input_select import reference as select_reference
 from ..triton_kernels.weight import Prepared
 from . import storage
 from .checkpoint import read_json
@@ -187,22 +188,28 @@ def use_dense(module: CompressedWeight, reason: str) -> None:
 
 @dataclass(frozen=True)
 class DenseForm:
-    """Prepares a module as one dense matrix in the dtype of its inputs."""
+    """Prepares a module as one dense matrix in the dtype of its inputs; where a token reads few of them, the others
+    are still masked."""
 
     reason: str
 
     def __call__(self, module: Any, dtype: torch.dtype) -> Prepared:
         tensors = module.stored()
         expand = getattr(module, "effective_weight", module.dense_weight)
-        weight = expand(dtype)
+        weight, selection = expand(dtype), storage.selection_of(module.scheme, tensors)
+
+        def run_all(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            if selection is None:
+                return run_all(x, bias)
+            return select_reference.linear(x, weight.T, selection, bias)
 
         def rows(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             return F.embedding(ids, weight).to(dtype)
 
-        return Prepared("dense", self.reason, run, lambda: tensors, rows)
+        return Prepared("dense", self.reason, run, lambda: tensors, rows, None if selection is None else run_all)
 
 
 @dataclass(frozen=True)
