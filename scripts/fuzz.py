@@ -32,7 +32,7 @@ from safetensors.torch import save
 
 from halfweight import Recipe
 from halfweight.compress.calibration import text_windows
-from halfweight.compress.passes import PASSES
+from halfweight.compress.passes import PASSES, selection
 from halfweight.compress.recipe import Calibration, named_recipes
 from halfweight.compress.statistics import InputStatistics
 from halfweight.eval.text import read_text
@@ -40,7 +40,7 @@ from halfweight.serving.checkpoint import INDEX_NAME, Checkpoint, read_tensor
 from halfweight.serving.errors import HalfweightError, InputError
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import ArtifactConfig
-from halfweight.serving.storage import pack_weight
+from halfweight.serving.storage import pack_selection, pack_weight
 from halfweight.triton_kernels.formats import FormatError
 
 Files = dict[str, bytes]  # an input: the files of a folder by name
@@ -58,6 +58,8 @@ STAGES: list[dict[str, Any]] = [
     {"pass": "gqsa", "pattern": "1x8", "density": 0.5},
     {"pass": "gqsa", "pattern": "1x8", "density": 0.5, "balance": "layer", "mask": "wanda"},
     {"pass": "gqsa", "pattern": "8x1", "density": 0.5},
+    {"pass": "keep", "selection": {"sparsity": 0.3, "score": "l2", "channels": 0.5}},
+    {"pass": "rtn", "group_size": 8, "along": "outputs", "selection": {"sparsity": 0.3, "channels": 0.2}},
 ]
 WORDS = [b"-1", b"0", b"1e999", b"nan", b"null", b"true", b"[", b"{", b"}", b'"', b":", b"\x00", b"\xff\xfe", b"2:4"]
 WORDS += [b"1x16", b"9" * 30, b"../", b"!!python/object:os.system", b"&a [*a]", b"\n", b"\r\n", b"  ", b"- ", b"pass"]
@@ -245,10 +247,14 @@ def checkpoints() -> Target:
         stage = kind.config(**{key: value for key, value in settings.items() if key != "pass"})
         stage = stage.for_linear(LINEAR, (N, K))
         statistics = InputStatistics(K, kind.needs == "hessian", torch.device("cpu"))
-        statistics.add(torch.randn(256, K, generator=generator))
+        inputs = torch.randn(256, K, generator=generator)
+        statistics.add(inputs)
         result = kind.solve(torch.randn(N, K, generator=generator), statistics, stage)
         scheme = stage.scheme((N, K))
         tensors = pack_weight(result.weight, scheme, result.quantized, result.mask)
+        if stage.selection is not None:
+            chosen = selection.choose(result.weight, [inputs], stage.selection, scheme, torch.float32)
+            tensors |= pack_selection(scheme, chosen)
         named = {f"{LINEAR}.{suffix}": tensor for suffix, tensor in tensors.items()}
         config = {"model_type": "llama", "quantization_config": ArtifactConfig(linears={LINEAR: scheme}).to_json()}
         index = {"metadata": {}, "weight_map": dict.fromkeys(named, SHARD)}

@@ -246,6 +246,23 @@ def test_any_pass_may_select(stage: dict[str, Any], numbers: str, llama: Path, t
         assert layer.stats["inputs_wanted"] == pytest.approx(layer.stats["inputs_read"], abs=0.2)
 
 
+@pytest.mark.parametrize("to", ["dense", "w4"])
+def test_exports_say_that_every_input_is_read(to: str, selected: Path, llama: Path, tmp_path: Path) -> None:
+    report = halfweight.export_checkpoint(selected, to, tmp_path / to)
+    assert report.statement[-1] == "14 linears read all their inputs, without thresholds and branches"
+    if to == "dense":
+        got, want = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / to, llama))
+        assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+
+
+def test_codes_along_outputs_are_rounded_anew_in_an_export(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"data": str(text_file), "samples": 4, "seqlen": 32}
+    stage = {"pass": "rtn", "group_size": 32, "along": "outputs", "selection": {"sparsity": 0.4}}
+    compress_checkpoint(llama, Recipe.parse({"calibration": calibration, "stages": [stage]}), tmp_path / "out")
+    report = halfweight.export_checkpoint(tmp_path / "out", "w4", tmp_path / "w4")
+    assert any("14 linears are rounded anew" in line for line in report.statement)
+
+
 def test_scoring_says_what_was_selected(selected: Path, llama: Path, text_file: Path) -> None:
     result = evaluate(selected, text_file, windows=2, seqlen=100)
     assert result.sparse_tokens == 0.99

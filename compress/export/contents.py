@@ -48,7 +48,7 @@ class Matrix:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The effective weight `[N, K]` in `dtype`; of a large table only some rows exist in fp32 at a time."""
-        if self.block or self.scheme.low_rank is not None or self.scheme.balance == "layer":
+        if self.block or self.scheme.low_rank is not None or not self.scheme.rows_apart:
             return effective_weight(self.scheme, self.read(), self.shape, dtype)
         table, step = Table(self.module, self.shape, self.tensors, self.scheme), max(1, _NUMBERS // self.shape[1])
         starts = range(0, self.shape[0], step)
@@ -60,7 +60,7 @@ class Matrix:
         That is: integers in whole groups of one of `sizes` dense inputs, and no branch. None otherwise.
         """
         scheme, columns = self.scheme, self.shape[1]
-        if scheme.integers is None or scheme.low_rank is not None or scheme.group is not None:
+        if scheme.integers is None or scheme.input_major or scheme.low_rank is not None or scheme.group is not None:
             return None
         size, bits = scheme.integers.group_size, scheme.integers.bits
         if size not in sizes or columns % size:
@@ -85,6 +85,12 @@ class Contents:
     matrices: list[Matrix]
     others: dict[str, TensorInfo]
     linears: list[str]
+
+
+def lost_selections(contents: Contents) -> list[str]:
+    """In words what an export loses of linears that select their inputs; empty without them."""
+    count = sum(matrix.scheme.selection is not None for matrix in contents.matrices)
+    return [f"{count} linears read all their inputs, without thresholds and branches"] if count else []
 
 
 def read_contents(path: str | Path) -> Contents:

@@ -22,7 +22,7 @@ from ...serving.errors import InputError
 from ...serving.load import stored_dtype
 from ...serving.skeleton import load_config
 from ...triton_kernels.formats.integers import Quantized
-from .contents import Contents, Matrix
+from .contents import Contents, Matrix, lost_selections
 from .gguf_tokenizer import add_tokenizer
 from .safetensors import Step
 
@@ -83,9 +83,11 @@ def require_package() -> None:
 def kind_of(matrix: Matrix, plain: str) -> str:
     """The GGUF type for a compressed matrix; `plain` is that of 16-bit weights."""
     scheme, integers = matrix.scheme, matrix.scheme.integers
-    if matrix.shape[1] % BLOCK or (integers is None and scheme.low_rank is None):
+    if matrix.shape[1] % BLOCK or (integers is None and scheme.added_branch is None):
         return plain
-    if integers is None or scheme.low_rank is not None or scheme.group is not None or integers.group_size % BLOCK:
+    if integers is None or scheme.low_rank is not None or scheme.group is not None or scheme.input_major:
+        return "Q8_0"
+    if integers.group_size % BLOCK:
         return "Q8_0"
     if integers.bits == 4:
         return "Q4_0" if integers.symmetric else "Q4_1"
@@ -230,4 +232,5 @@ def _statement(contents: Contents, entries: list[_Entry]) -> list[str]:
     kinds = [entry.kind for entry in by_name.values()]
     lines = [f"{kinds.count(kind)} compressed matrices as {kind}" for kind in sorted(set(kinds))]
     lines.append("Q4_0 and symmetric int8 are exact, Q4_1 rounds its offset to fp16, other Q8_0 is rounded anew")
-    return [*lines, "sparsity is lost: zeros are stored, and llama.cpp does not skip them"]
+    lines.append("sparsity is lost: zeros are stored, and llama.cpp does not skip them")
+    return [*lines, *lost_selections(contents)]

@@ -15,7 +15,7 @@ from ...serving.scheme import IntegerScheme
 from ...triton_kernels.formats.integers import Quantized
 from .. import writer
 from ..passes.quantization import CodeRange, quantize
-from .contents import Contents, Matrix
+from .contents import Contents, Matrix, lost_selections
 
 SIZES = (32, 64, 128)  # groups that the int4 kernels of vLLM take
 _ROUNDED = IntegerScheme(bits=4, group_size=32, symmetric=True)
@@ -31,6 +31,7 @@ def write_dense(contents: Contents, folder: Path, step: Step) -> list[str]:
     return [
         f"every weight has its compressed value, zeros included, rounded once to {name}",
         "nothing is smaller or faster than the dense model: the zeros are stored",
+        *lost_selections(contents),
     ]
 
 
@@ -67,7 +68,8 @@ def write_w4(contents: Contents, folder: Path, step: Step) -> list[str]:
     dense = [m.module for m in contents.matrices if m.module not in schemes]
     if dense:
         lines.append(f"{len(dense)} compressed matrices are stored dense ({dense[0]}{' ...' if dense[1:] else ''})")
-    return [*lines, "sparsity is lost: zeros are stored as codes, and no engine skips them"]
+    lines.append("sparsity is lost: zeros are stored as codes, and no engine skips them")
+    return [*lines, *lost_selections(contents)]
 
 
 def _integers(matrix: Matrix) -> tuple[IntegerScheme, Quantized, float | None]:
