@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from .output import human_bytes, human_seconds, out, progress_bars, say, table, 
 
 if TYPE_CHECKING:
     from ..compress.report import CompressionReport
+    from ..compress.target import TargetReport
 
 Calibration = Annotated[
     str | None,
@@ -37,6 +38,14 @@ def compress(
     tuning_samples: options.TuningSamples = None,
     block_epochs: options.BlockEpochs = None,
     end_to_end_epochs: options.EndToEndEpochs = None,
+    target_ppl_increase: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="P",
+            help="Find the largest sparsity at which the dev perplexity grows by at most P %, in six compressions.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty DIR when done.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard unfinished work in DIR.partial.")] = False,
     json: options.Json = None,
@@ -55,10 +64,13 @@ def compress(
         halfweight compress demo --recipe gqsa-w4s50 --embeddings 8 --out smollm2-w4s50
 
         halfweight compress ./my-llama --recipe w4-g64-best --out my-w4 --tuning-samples 512 --block-epochs 2
+
+        halfweight compress demo --recipe teal-50 --target-ppl-increase 5 --out smollm2-ppl5
     """
     from ..compress.driver import compress_checkpoint
     from ..compress.memory import return_large_buffers
     from ..compress.recipe import Recipe
+    from ..compress.target import TargetReport, compress_to_target
 
     loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
     loaded = loaded.with_embeddings(embeddings)
@@ -66,20 +78,30 @@ def compress(
         tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
     )
     return_large_buffers()
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings |= {"overwrite": overwrite, "fresh": fresh}
+    result: CompressionReport | TargetReport
     with progress_bars() as progress:
-        report = compress_checkpoint(
-            model,
-            loaded,
-            output,
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            fresh=fresh,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    write_json(json, report)
-    show(report)
+        if target_ppl_increase is None:
+            result = compress_checkpoint(model, loaded, output, progress=progress, **settings)
+        else:
+            share = target_ppl_increase / 100
+            result = compress_to_target(model, loaded, output, share, progress=progress, **settings)
+    write_json(json, result)
+    if isinstance(result, TargetReport):
+        show_trials(result)
+        result = result.report
+    show(result)
+
+
+def show_trials(found: TargetReport) -> None:
+    """The trials of a compression to a target, and the one that was kept."""
+    rows = table("trials", "removed", "dev perplexity", "", left=0)
+    for trial in found.trials:
+        kept = "kept" if trial.removed == found.removed else ""
+        rows.add_row(f"{trial.removed:.1%}", f"{trial.increase:+.2%}", kept)
+    out.print(rows)
+    out.print(f"the dev perplexity may grow by {100 * found.target:g} %")
 
 
 def show(report: CompressionReport) -> None:
