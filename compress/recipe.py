@@ -183,7 +183,14 @@ class Recipe(BaseModel):
                         f"{where}: {name} is already compressed by stages[{owner[name]}]; narrow targets or ignore it"
                     )
                 chosen[name], owner[name] = _for_linear(stage, name, shapes[name], where), number
-        _check_fused(self.name, {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}, shapes)
+        schemes = {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}
+        _check_fused(self.name, schemes, shapes)
+        along_outputs = next((name for name, scheme in schemes.items() if scheme.input_major), None)
+        if self.tuning is not None and along_outputs is not None:
+            raise InputError(
+                f"recipe {self.name}: tuning: {along_outputs} is stored along the outputs, which tuning cannot train;"
+                " remove tuning (or pass --tuning none)"
+            )
         return chosen
 
 

@@ -14,7 +14,7 @@ from ..serving import storage
 from ..serving.checkpoint import Checkpoint
 from ..serving.embedding import CompressedEmbedding
 from ..serving.int4 import as_int4, exact_int4, rounded_int4
-from ..serving.linear import CompressedLinear, expand_linears
+from ..serving.linear import CompressedLinear, SelectingLinear, expand_linears
 from ..serving.load import load
 from ..serving.scheme import IntegerScheme
 from ..serving.verdicts import use_dense
@@ -47,6 +47,8 @@ def dense(folder: Path, dense_folder: Path | None, device: torch.device, dtype: 
     for module in model.modules():
         if isinstance(module, CompressedEmbedding):
             use_dense(module, "the dense rival")
+        elif isinstance(module, SelectingLinear):
+            module.selection = None  # a dense model reads everything
     return contender("dense", model, dtype)
 
 

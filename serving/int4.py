@@ -18,10 +18,10 @@ from .scheme import IntegerScheme, LinearScheme
 def exact_int4(scheme: LinearScheme) -> IntegerScheme | None:
     """How dense int4 stores a weight of `scheme` without changing a number, or None where it cannot.
 
-    A dropped weight becomes its group's zero point. 16-bit weights are on no grid; a low-rank branch is no part of a
-    plain int4 linear.
+    A dropped weight becomes its group's zero point. 16-bit weights are on no grid, those along outputs on another; a
+    low-rank branch is no part of a plain int4 linear.
     """
-    if scheme.integers is None or scheme.integers.bits != 4 or scheme.low_rank is not None:
+    if scheme.integers is None or scheme.integers.bits != 4 or scheme.low_rank is not None or scheme.input_major:
         return None
     # Groups always carry zero points, in their index.
     return scheme.integers if scheme.group is None else scheme.integers.model_copy(update={"symmetric": False})

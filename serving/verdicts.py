@@ -98,8 +98,8 @@ def device_name(device: torch.device) -> str:
 
 
 def own_form(scheme: LinearScheme) -> Choice:
-    """The name of a stored form among the choices: `sparse`, or `int4` or `int8` when no weight is left out."""
-    if scheme.pattern != "dense" or scheme.integers is None:
+    """The name of a stored form among the choices: `sparse`, or `int4` or `int8` when nothing is left out."""
+    if scheme.pattern != "dense" or scheme.integers is None or scheme.input_major:
         return "sparse"
     return "int4" if scheme.integers.bits == 4 else "int8"
 

@@ -299,6 +299,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_tuning_of_weights_along_outputs_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    tuned = recipe(text_file).with_tuning("block")
+    with pytest.raises(InputError, match=r"tuning: .*q_proj is stored along the outputs, which tuning cannot train"):
+        compress_checkpoint(llama, tuned, tmp_path / "out")
+
+
 @pytest.mark.parametrize(("stage", "message"), BAD, ids=[message for _, message in BAD])
 def test_bad_settings_are_refused_in_one_line(
     stage: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path

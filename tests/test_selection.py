@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfweight.serving import storage
+from halfweight.serving import storage, verdicts
+from halfweight.serving.int4 import exact_int4
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, LowRankScheme, SelectionScheme
 from halfweight.serving.storage import Selection
@@ -169,6 +170,18 @@ def test_a_kernel_that_reads_everything_is_caught(monkeypatch: pytest.MonkeyPatc
     chosen, tensors, _ = example("16-bit")
     (choice,) = warmup(torch.nn.Sequential(module(chosen, tensors)).float(), (1,))
     assert choice.backend == "reference" and "disagrees" in choice.reason
+
+
+def test_a_dense_verdict_still_selects(name: str) -> None:
+    chosen, tensors, dense = example(name)
+    made = module(chosen, tensors).float()
+    verdicts.use_dense(made, "verdict: dense")
+    x = torch.randn(3, K)
+    assert close(made(x), expected(x, dense, tensors))
+    implementation = made.implementation()
+    assert implementation is not None and implementation.backend == "dense" and implementation.run_all is not None
+    assert close(implementation.run_all(x, None), x.double() @ dense.T)
+    assert exact_int4(chosen) is None and verdicts.own_form(chosen) == "sparse"
 
 
 def test_traces_in_one_graph(name: str) -> None:
