@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from ..serving.int4 import exact_int4
 from ..serving.linear import CompressedWeight
 from ..serving.scheme import LinearScheme
+from ..serving.storage import selection_of
 from ..serving.verdicts import Choice, Entry, Verdict, bucket, own_form
+from ..triton_kernels.dispatch import near_threshold
 from .rivals import Contender, linear_calls
 from .timing import Spread, sweep_seconds
 
@@ -60,8 +62,8 @@ def kinds_of(model: Any) -> dict[Kind, list[str]]:
 def measure(contenders: list[Contender], tokens: int, rounds: int, seed: int = 0) -> list[LayerSpeed]:
     """Time all compressed linears of the first contender, and the same linears of the others, on `tokens` tokens.
 
-    The contenders take turns; each turn runs every linear once in the model's order, on random inputs. The first turn
-    does not count.
+    The contenders take turns; each turn runs every linear once in the model's order, on random inputs, of which those
+    that select theirs read about half. The first turn does not count.
     """
     own = contenders[0]
     kinds = kinds_of(own.model)
@@ -72,7 +74,11 @@ def measure(contenders: list[Contender], tokens: int, rounds: int, seed: int = 0
         width: torch.randn(tokens, width, generator=generator).to(device, own.dtype)
         for width in {shape[1] for _, _, shape in kinds}
     }
-    inputs = {name: by_width[kind[2][1]] for kind, members in kinds.items() for name in members}
+    inputs = {}
+    for (_, scheme, shape), members in kinds.items():
+        for name in members:
+            selection = selection_of(scheme, own.model.get_submodule(name).stored())
+            inputs[name] = near_threshold(by_width[shape[1]], selection).to(own.dtype)
     calls = {contender.name: linear_calls(contender.model, names) for contender in contenders}
     seconds: dict[str, dict[str, list[float]]] = {contender.name: {n: [] for n in names} for contender in contenders}
     for turn in range(rounds + 1):

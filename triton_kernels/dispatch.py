@@ -22,6 +22,7 @@ from torch import Tensor
 from . import trust
 from .formats import FormatError
 from .formats.bits import from_bits
+from .formats.input_select import InputSelection
 from .library import register
 from .weight import Layout, Lookup, Prepared, Weight
 
@@ -113,7 +114,8 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
         return True, chosen.reason
     device, name = weight.device, f"{weight.op}.{chosen.backend}"
     generator = torch.Generator().manual_seed(seed)
-    x = _near_threshold(torch.randn(tokens, weight.shape[1], generator=generator).to(device), weight).to(dtype)
+    random = torch.randn(tokens, weight.shape[1], generator=generator).to(device)
+    x = near_threshold(random, weight.selection).to(dtype)
     want = weight.linear(x.float(), None)
 
     def check(kernel: str) -> None:
@@ -140,9 +142,8 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
     return trust.may_run(name, device)
 
 
-def _near_threshold(x: Tensor, weight: Weight) -> Tensor:
-    """`x` `[tokens, K]` at a scale where about half of it is read, if the weight's inputs are selected at all."""
-    selection = weight.selection
+def near_threshold(x: Tensor, selection: InputSelection | None) -> Tensor:
+    """`x` `[tokens, K]` at a scale where the first part reads about half of it, if inputs are selected at all."""
     if selection is None:
         return x
     score = x.abs() if selection.norms is None else x.abs() * from_bits(selection.norms)[0]
