@@ -21,7 +21,7 @@ from ..serving.linear import SelectingLinear, expand_linears
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from ..serving.storage import effective_weight, pack_branch, pack_selection, pack_weight, selection_of
+from ..serving.storage import effective_weight, selection_of
 from ..serving.tables import Table
 from . import vocabulary, writer
 from .allocation import allocate, with_sparsities
@@ -30,8 +30,7 @@ from .calibration import Windows, load_windows
 from .journal import Journal, fingerprint, tokens_hash
 from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
-from .passes import PASSES, StageConfig, low_rank, needs_of, selection
-from .passes.hessian import HessianError
+from .passes import StageConfig, needs_of
 from .recipe import Recipe
 from .report import (
     CompressionReport,
@@ -44,7 +43,8 @@ from .report import (
     Verification,
     silent,
 )
-from .statistics import InputStatistics, relative_error, spread_rows
+from .solve import solve_linear
+from .statistics import InputStatistics
 from .tuning.block import Pairs, tune_block
 from .tuning.weights import stored_tensors, trainable_weights
 from .tuning.whole import Job, remember_teacher, tune_whole
@@ -322,7 +322,15 @@ class _Run:
                     statistics.add(x)
                 release_memory()  # the solvers need other sizes than the forward passes left behind
                 for name in group:
-                    layer, tensors = self._solve_linear(name, linears[name], statistics, seen, unseen)
+                    layer, tensors = solve_linear(
+                        name,
+                        linears[name],
+                        self.stages[name],
+                        self.tensors[f"{name}.weight"].dtype,
+                        statistics,
+                        seen,
+                        unseen,
+                    )
                     layers.append(layer)
                     packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
                     done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
@@ -335,79 +343,6 @@ class _Run:
             for forward, x in [] if self._tunes_blocks else unfinished:
                 x.copy_(forward.finish())
         return layers, packed
-
-    def _solve_linear(
-        self,
-        name: str,
-        linear: nn.Linear,
-        statistics: InputStatistics,
-        seen: Sequence[Tensor],
-        unseen: Sequence[Tensor],
-    ) -> tuple[LayerReport, dict[str, Tensor]]:
-        """Solve one linear and make it what its stored tensors, also returned, stand for.
-
-        `seen` and `unseen` `[..., K]` are its inputs on the calibration and on the dev set.
-        """
-        stage = self.stages[name]
-        statistics.require_usable(name)
-        weight = linear.weight.float()
-        if not bool(torch.isfinite(weight).all()):
-            raise RunError(f"{name}: its weights are not finite; check the checkpoint for damage")
-        stored = self.tensors[f"{name}.weight"].dtype
-        try:
-            result = low_rank.solve(PASSES[stage.name], weight, statistics, stage, stored)
-        except HessianError as unusable:
-            raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
-        shape = (weight.shape[0], weight.shape[1])
-        scheme = stage.scheme(shape)
-        rounded = result.weight if result.quantized is not None else result.weight.to(stored)
-        if not bool(torch.isfinite(rounded).all()):
-            raise RunError(
-                f"{name}: compressed weights are not finite in {stored}; raise damping, or keep the layer dense"
-            )
-        packed = pack_weight(rounded, scheme, result.quantized, result.mask)
-        if scheme.low_rank is not None and result.branch is not None:
-            v, u, codes = result.branch
-            packed |= pack_branch(scheme.low_rank, v.to(stored), u.to(stored), codes)
-        rounded = effective_weight(scheme, packed, shape, linear.weight.dtype)
-        linear.weight = nn.Parameter(rounded, requires_grad=False)
-        stats = result.stats
-        if isinstance(linear, SelectingLinear):
-            reading, read = self._select(name, linear, seen, unseen, stored)
-            packed, stats = packed | reading, stats | read
-        held_out = torch.cat([spread_rows(x, 256 // len(unseen)) for x in unseen]).float()
-        error = relative_error(selection.outputs(held_out, linear), held_out @ weight.T)
-        layer = LayerReport(
-            name=name,
-            shape=shape,
-            method=stage.name,
-            pattern=scheme.pattern,
-            numbers=scheme.numbers,
-            density=float(result.mask.float().mean()),
-            error=error,
-            stats=stats,
-        )
-        return layer, packed
-
-    def _select(
-        self, name: str, linear: SelectingLinear, seen: Sequence[Tensor], unseen: Sequence[Tensor], stored: torch.dtype
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Give a solved linear what it reads its inputs by; returns what is stored for that, and what it reads."""
-        settings, shape = self.stages[name].selection, (linear.out_features, linear.in_features)
-        scheme = self.stages[name].scheme(shape)
-        assert settings is not None  # or it would not be such a linear
-        try:
-            packed = pack_selection(scheme, selection.choose(linear.weight.float(), seen, settings, scheme, stored))
-        except HessianError as unusable:
-            raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in packed.values()):
-            raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
-        linear.selection = selection_of(scheme, packed)
-        read = {
-            "inputs_read": selection.read_share(unseen, linear),
-            "inputs_wanted": settings.split(shape, scheme).inputs,
-        }
-        return packed, read
 
     def whole(self, identity: str) -> list[str]:
         """Train the whole model when the recipe says so; returns the names of the parts that make the checkpoint."""

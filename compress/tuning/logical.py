@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...serving.scheme import LinearScheme
 from ...serving.storage import pack_weight
-from ...triton_kernels.formats import groups, groups_layer, integers, two_four, two_four_int4
+from ...triton_kernels.formats import FormatError, groups, groups_layer, integers, two_four, two_four_int4
 from ...triton_kernels.formats.groups import Groups, KeptGroups
 from ...triton_kernels.formats.groups_layer import LayerGroups, entry_rows
 from ...triton_kernels.formats.integers import Integers, Quantized
@@ -30,7 +30,7 @@ def unpack_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: tu
     """The numbers behind the stored `tensors` (by suffix, a branch ignored) of a linear of `shape` `(N, K)`.
 
     Dropped groups have scale 0 and the middle zero point. A pattern stored without metadata (4:8 in integers, 16-bit
-    patterns other than 2:4) keeps what is not zero.
+    patterns other than 2:4) keeps what is not zero. Raises FormatError for weights stored along the outputs.
     """
     columns = shape[1]
     match scheme.storage:
@@ -62,6 +62,8 @@ def unpack_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: tu
         case "groups_layer":
             layer = LayerGroups(*_groups(tensors), tensors["row_start"])
             return _spread(scheme, groups_layer.unpack(layer)[0], entry_rows(layer.row_start, len(layer.scales)), shape)
+        case _:
+            raise FormatError("weights along the outputs cannot be trained")
 
 
 def pack_logical(scheme: LinearScheme, logical: Logical) -> dict[str, Tensor]:
