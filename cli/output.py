@@ -30,6 +30,7 @@ _STAGES = {
     "eval": "evaluate",
     "export": "export",
     "delta": "compare",
+    "target": "trials",
     "bench": "measure speed",
 }
 

@@ -86,6 +86,7 @@ def _select(
         raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in packed.values()):
         raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
+    packed = {suffix: tensor.to(linear.weight.device) for suffix, tensor in packed.items()}
     linear.selection = selection_of(scheme, packed)
     read = {
         "inputs_read": selection.read_share(unseen, linear),
