@@ -75,8 +75,7 @@ class IntegerWeight(nn.Module):
         codes, scales, zeros = logical.quantized
         self.columns, self.allowed = codes.shape[1], allowed
         whole = torch.full_like(scales, middle) if zeros is None else zeros
-        self._base = scales.float()[..., None]
-        self._zeros = whole.float()[..., None]
+        self._base, self._zeros = scales[..., None], whole[..., None]
         # A short last group is padded with its zero point, and so with zeros here.
         spread = torch.arange(self.columns, device=codes.device) // group_size
         steps = split_groups(codes.short() - whole.short()[:, spread], group_size)
@@ -86,8 +85,8 @@ class IntegerWeight(nn.Module):
         self._kept = split_groups(logical.mask, group_size) if masked and logical.mask is not None else None
         self.steps = nn.Parameter(steps.float()) if "weights" in train else None
         self._frozen = None if "weights" in train else steps.to(torch.int8 if allowed.high < 128 else torch.int16)
-        self.log_scales = nn.Parameter(torch.zeros_like(self._base)) if "scales" in train else None
-        self.zero_shift = nn.Parameter(torch.zeros_like(self._base)) if moves else None
+        self.log_scales = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if "scales" in train else None
+        self.zero_shift = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if moves else None
 
     def trained(self) -> Trained:
         """`(name, part, parameter)` of everything that is trained."""
@@ -100,9 +99,8 @@ class IntegerWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight `[N, K]`, fp32."""
-        scales, zeros = self._scales(), self._whole_zeros()
-        centered = self._codes(scales, zeros) - zeros
-        values = centered * scales
+        scales = self._scales()
+        values = self._centered(scales) * scales
         if self._kept is not None:
             values = values * self._kept
         return values.flatten(-2)[:, : self.columns]
@@ -111,28 +109,35 @@ class IntegerWeight(nn.Module):
     def logical(self, mask: Tensor | None) -> Logical:
         """What `forward` stands for, as it is stored under the `mask` it was made with."""
         scales, zeros = self._scales(), self._whole_zeros()
-        codes = self._codes(scales, zeros).flatten(-2)[:, : self.columns].to(torch.uint8)
+        codes = (self._centered(scales) + zeros).flatten(-2)[:, : self.columns].to(torch.uint8)
         stored = zeros[..., 0].to(torch.uint8) if self.allowed.zero is None else None
         return Logical(None, Quantized(codes, scales[..., 0].half(), stored), mask)
 
     def _scales(self) -> Tensor:
+        """`[N, J, 1]`, fp32 that fp16 holds."""
+        base = self._base.float()
         if self.log_scales is None:
-            return self._base
-        return _RoundTo.apply((self._base * self.log_scales.exp()).clamp(max=_LARGEST), torch.float16)
+            return base
+        return _RoundTo.apply((base * self.log_scales.exp()).clamp(max=_LARGEST), torch.float16)
 
     def _whole_zeros(self) -> Tensor:
+        """`[N, J, 1]`, fp32 whole numbers."""
+        zeros = self._zeros.float()
         if self.zero_shift is None:
-            return self._zeros
-        moved = (self._zeros + self.zero_shift).clamp(self.allowed.low, self.allowed.high)
-        return moved + (moved.round() - moved).detach()  # exact: both are small
+            return zeros
+        moved = (zeros + self.zero_shift).clamp(self.allowed.low, self.allowed.high)
+        return moved + (moved.round() - moved).detach()  # exact, as both are small
 
-    def _codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _centered(self, scales: Tensor) -> Tensor:
+        """Codes less their zero points, `[N, J, G]`."""
         if self.steps is None:
             assert self._frozen is not None
-            # Zero points that move take their codes along only as far as there are codes.
-            return self._frozen + self._zeros
-        ratio = self._base / scales.clamp(min=_SMALLEST)
-        return _Codes.apply(self.steps, ratio, zeros, self.allowed.low, self.allowed.high)
+            if self.zero_shift is None:
+                return self._frozen.float()
+            return self._frozen + self._zeros.float() - self._whole_zeros()  # the codes themselves stay
+        zeros, ratio = self._whole_zeros(), self._base.float() / scales.clamp(min=_SMALLEST)
+        codes: Tensor = _Codes.apply(self.steps, ratio, zeros, self.allowed.low, self.allowed.high)
+        return codes - zeros
 
 
 class FloatWeight(nn.Module):
