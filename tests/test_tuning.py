@@ -57,7 +57,7 @@ def test_both_stages_lower_the_dev_loss_and_leave_masks_and_formats_alone(
     both: tuple[Path, CompressionReport], dense: Path, text_file: Path, tmp_path: Path
 ) -> None:
     out, report = both
-    plain = compress_checkpoint(dense, recipe(text_file).with_tuning("none"), tmp_path / "plain")
+    plain = compress_checkpoint(dense, recipe(text_file, block=BLOCK).with_tuning("none"), tmp_path / "plain")
     blocks, (whole,) = report.tuning[:-1], report.tuning[-1:]
     assert [row.stage for row in report.tuning] == ["block", "block", "end_to_end"]
     assert all(row.best < row.start and row.note is None for row in report.tuning)

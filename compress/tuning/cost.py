@@ -15,8 +15,8 @@ from .config import BlockTuning, EndToEndTuning, Part, TrainingSettings
 
 Shapes = Mapping[str, tuple[int, int]]
 
-# A trained number: itself, its gradient, AdamW's two moments, and the optimizer's scratch of twice its size.
-_TRAINED = 4 * 6
+# A trained number: itself, its gradient, AdamW's two moments.
+_TRAINED = 4 * 4
 # An expanded weight: fp32, its gradient, what autograd saves of the rounding (two arrays and two masks).
 _EXPANDED = 4 * 4 + 2
 _SAVED = 2  # inputs and outputs of linears are both saved, and once more in between
