@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import halfweight
-from halfweight import Recipe, RunError, compress_checkpoint
+from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
 from halfweight.compress.blocks import BlockWalker
 from halfweight.compress.calibration import load_windows
 from halfweight.compress.report import CompressionReport, OnProgress, Progress
@@ -23,7 +24,7 @@ from halfweight.serving.scheme import ArtifactConfig
 from runs import Stop, contents, fails, interrupt, parsed
 
 STAGE = {"pass": "rtn", "group_size": 16, "bits": 3}
-BLOCK = {"epochs": 2, "batch": 1, "evaluations": 2, "rates": {"weights": 0.03, "scales": 0.005}}
+BLOCK = {"epochs": 2, "batch": 1, "evaluations": 2, "rates": {"weights": 0.01, "scales": 0.005}}
 END_TO_END = {"epochs": 3, "evaluations": 3, "checkpoint_every": 2, "rates": {"scales": 0.01}, "top_k": 8}
 
 
@@ -89,12 +90,14 @@ def test_other_architectures_norms_branches_and_rounded_tables(
 ) -> None:
     stage = {"pass": "wanda", "pattern": "2:4", "low_rank": {"fraction": 0.5}}
     train = ["weights", "branch", "norms"]
-    tuning = {"block": {**BLOCK, "train": train, "units": "separately"}, "end_to_end": {"train": train}}
+    block = {**BLOCK, "epochs": 6, "train": train, "units": "separately"}
+    tuning = {"block": block, "end_to_end": {"epochs": 3, "train": train}}
     base = parsed(text_file, stage, seqlen=64, samples=4)
     settings = Recipe.parse({**base.model_dump(by_alias=True), "tuning": tuning, "embeddings": {"group_size": 16}})
     dense = make_model(name)
     report = compress_checkpoint(dense, settings, tmp_path / "out")
     assert all(row.best <= row.start and row.note is None for row in report.tuning)
+    assert any(row.best < row.start for row in report.tuning)
     assert report.verification.relative_difference == 0
     before, after = tensors_of(dense), tensors_of(tmp_path / "out")
     norms = [n for n in after if "norm" in n and n.endswith("weight")]
@@ -234,12 +237,94 @@ def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
 
     monkeypatch.setattr(BlockWalker, "call", scarce)
     report = compress_checkpoint(dense, settings, tmp_path / "out")
-    assert sizes[:3] == [2, 1, 1] and set(sizes[1:]) == {1}
+    assert sizes[:3] == [2, 1, 1]
+    assert sizes.count(2) == sum(row.stage == stage for row in report.tuning)  # each stretch tries once
     assert all(row.note is None and row.best < row.start for row in report.tuning)
     most = 0
     line = fails(RunError, dense, settings, tmp_path / "none")
     assert "one window of 512 tokens" in line and "--seqlen" in line
     assert not (tmp_path / "none").exists()
+
+
+# --- recipes and plans ---------------------------------------------------------------------------------------------
+
+BEST = ["2of4-best", "2of4-w4-best", "gqsa-w4s50-best", "w2-g64-best", "w4-g64-best"]
+
+
+def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_after() -> None:
+    assert len({Recipe.load(name).tuning for name in BEST}) == 1
+    for name in BEST:
+        tuned = Recipe.load(name)
+        assert tuned.tuning is not None and tuned.tuning.block is not None and tuned.tuning.end_to_end is not None
+        plain = Recipe.load("2of4-admm" if name == "2of4-best" else name.removesuffix("-best"))
+        assert tuned.stages == plain.stages
+
+
+def test_flags_choose_stages_and_settings() -> None:
+    best = Recipe.load("w4-g64-best")
+    changed = best.with_tuning("block", samples=7, block_epochs=3).tuning
+    assert changed is not None and changed.end_to_end is None and changed.block is not None
+    assert (changed.samples, changed.block.epochs) == (7, 3)
+    assert best.with_tuning() == best
+    assert best.with_tuning("none") == best.model_copy(update={"tuning": None})
+    added = Recipe.load("w4-g64").with_tuning("both", end_to_end_epochs=2).tuning
+    assert added is not None and added.end_to_end is not None and added.end_to_end.epochs == 2
+    for wrong, words in {
+        ("blok", None): "did you mean 'block'",
+        ("none", 3): "add --tuning both",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            best.with_tuning(wrong[0], samples=wrong[1])
+    with pytest.raises(InputError, match="add --tuning end-to-end"):
+        best.with_tuning("block", end_to_end_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, "tuning needs"),
+        ({"block": {"epoch": 1}}, "tuning.block.epoch: unknown key; did you mean 'epochs'"),
+        ({"block": {"rates": {"weight": 1}}}, "did you mean 'weights'"),
+        ({"end_to_end": {"train": ["scale"]}}, "got 'scale'"),
+        ({"end_to_ends": {}}, "did you mean 'end_to_end'"),
+    ],
+)
+def test_a_bad_tuning_section_is_one_line_that_names_it(section: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        Recipe.parse({"stages": [STAGE], "tuning": section})
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def test_8b_parameters_are_planned_from_the_config_alone_and_fit_24_gb(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    for name in ("w4-g64-best", "2of4-w4-best", "gqsa-w4s50-best"):
+        planned = plan(tmp_path, name, dtype="bfloat16", device="cpu")
+        assert [stage.name for stage in planned.stages] == ["compress", "block", "end_to_end"]
+        assert planned.parameters == 8_030_261_248
+        assert max(stage.device_gb for stage in planned.stages) < 23
+        assert all(stage.seconds > 0 and stage.host_gb < 16 and stage.disk_gb < 20 for stage in planned.stages)
+    whole = plan(tmp_path, "2of4-best", dtype="bfloat16", device="cpu").stages[-1]
+    assert whole.device_gb > 24  # AdamW over all 16-bit weights: said beforehand, not found out
+
+
+def test_a_model_without_weights_is_planned_and_not_compressed(tmp_path: Path, small_recipe: Recipe) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    assert "no safetensors weights" in fails(InputError, tmp_path, small_recipe, tmp_path / "out")
 
 
 # --- the schedule --------------------------------------------------------------------------------------------------
