@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -240,8 +240,10 @@ class _Run:
                 # One batch tells the linears of a block apart.
                 sparsities = allocate(partial(walker.run, index, block), linears, self.stages, self.hidden[:1])
                 self.stages.update(with_sparsities(self.stages, sparsities))
+                dense = {name: linear.weight for name, linear in linears.items() if self._tunes_blocks}
                 layers, packed = self._solve(index, block, linears, groups)
-                tuned = self._tune(index, block, packed)
+                tuned = self._tune(index, block, packed, dense)
+                del dense
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
                 rows = {"layers": layers, "tuning": tuned}
@@ -259,12 +261,15 @@ class _Run:
     def _tunes_blocks(self) -> bool:
         return self.tuning is not None and self.tuning.block is not None
 
-    def _tune(self, index: int, block: nn.Module, packed: dict[str, Tensor]) -> list[TuningReport]:
-        """Train the solved block when the recipe says so; `packed` and the block then hold the result."""
+    def _tune(
+        self, index: int, block: nn.Module, packed: dict[str, Tensor], dense: Mapping[str, Tensor]
+    ) -> list[TuningReport]:
+        """Train the solved block, whose weights were `dense`, when the recipe says so; `packed` and the block then hold
+        the result."""
         if self.tuning is None or self.tuning.block is None:
             return []
         walker, prefix, settings = self.walker, self.walker.block_prefix(index), self.tuning.block
-        weights = trainable_weights(block, prefix, self.stages, packed, self.tensors, settings.train)
+        weights = trainable_weights(block, prefix, self.stages, packed, self.tensors, settings.train, dense)
         train = Pairs([*self.hidden, *self.more], self.dense)
         dev = Pairs(self.dev, self.dev_dense)
         report = tune_block(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -17,9 +18,11 @@ from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from .blocks import BlockWalker, compute_dtype, open_dense
-from .calibration import DEV_SHARE, check_context
+from .calibration import check_context, dev_windows
+from .outline import Outline, has_weights
 from .passes import StageConfig, needs_of
 from .recipe import Embeddings, Recipe
+from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
 _SOLVER_COPIES = {
@@ -42,6 +45,22 @@ class PlannedLayer(BaseModel):
     bits_after: float
 
 
+class PlannedStage(BaseModel):
+    """One stretch of the run: the passes (`compress`), or a stage of tuning; modelled.
+
+    In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
+    beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated or trained on,
+    repeats included.
+    """
+
+    name: Literal["compress", "block", "end_to_end"]
+    tokens: int
+    device_gb: float
+    host_gb: float
+    disk_gb: float
+    seconds: float
+
+
 class Plan(BaseModel):
     """`peak_memory_gb` (10^9 bytes) and `seconds` are modelled, from byte counts and the speed of one matmul on this
     device; bits are defined as in `Inspection`."""
@@ -57,6 +76,7 @@ class Plan(BaseModel):
     blocks: int
     parameters: int
     layers: list[PlannedLayer]
+    stages: list[PlannedStage]
 
 
 def plan(
@@ -69,11 +89,12 @@ def plan(
 ) -> Plan:
     """Plan the compression of `model` by `recipe` (arguments as in `compress_checkpoint`); reads no weights.
 
-    Raises InputError for everything that `compress_checkpoint` would refuse before it starts.
+    A folder with nothing but a config.json will do. Raises InputError for everything that `compress_checkpoint` would
+    refuse before it starts.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    source = resolve_model(str(model), trust_remote_code=trust_remote_code)
-    checkpoint = open_dense(source.path)
+    source = resolve_model(str(model), trust_remote_code=trust_remote_code, weights=False)
+    checkpoint = open_dense(source.path) if has_weights(source.path) else Outline(source.path)
     where = resolve_device(device)
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
@@ -112,19 +133,75 @@ def plan(
             layer = _planned_table(table, recipe.embeddings)
             rest_bits += (layer.bits_after - layer.bits_before) * prod(table.shape)
             layers.append(layer)
+    planned = _stages(walker, recipe, stages, shapes, linear_bits / 8)
+    memory = psutil.Process().memory_info().rss
     return Plan(
         model=source.name,
         recipe=recipe.name,
         effective_bits=linear_bits / linear_parameters,
         effective_bits_model=(linear_bits + rest_bits) / (linear_parameters + rest_parameters),
-        peak_memory_gb=_peak_bytes(walker, recipe, stages, shapes) / 1e9,
-        seconds=_seconds(walker, recipe, stages, shapes),
+        peak_memory_gb=memory / 1e9 + max(stage.device_gb for stage in planned),
+        seconds=sum(stage.seconds for stage in planned),
         device=str(where),
         dtype=str(walker.dtype).removeprefix("torch."),
         blocks=walker.n_blocks,
         parameters=linear_parameters + rest_parameters,
         layers=layers,
+        stages=planned,
     )
+
+
+def _stages(
+    walker: BlockWalker,
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+    packed: float,
+) -> list[PlannedStage]:
+    """What each stretch of the run needs and takes; the packed linears have `packed` bytes."""
+    calibration, tuning = recipe.calibration, recipe.tuning
+    text = walker.model.config.get_text_config()
+    samples = 0 if tuning is None else tuning.samples or 0
+    work = Workload(
+        blocks=[{name: shapes[name] for name in walker.block_linears(index)} for index in range(walker.n_blocks)],
+        stages=stages,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        itemsize=walker.dtype.itemsize,
+        windows=max(calibration.samples, samples),
+        dev=dev_windows(calibration.samples, samples),
+        length=calibration.seqlen,
+        packed=packed,
+    )
+    speed = _matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
+    bandwidth = _bandwidth(walker.device)
+    found = [
+        PlannedStage(
+            name="compress",
+            tokens=calibration.samples * calibration.seqlen,
+            device_gb=_peak_bytes(walker, recipe, stages, shapes) / 1e9,
+            host_gb=BASE / 1e9,
+            disk_gb=packed / 1e9,
+            seconds=_seconds(walker, recipe, stages, shapes, speed),
+        )
+    ]
+    costs: list[tuple[Literal["block", "end_to_end"], Cost]] = []
+    if tuning is not None and tuning.block is not None:
+        costs.append(("block", block_cost(work, tuning.block)))
+    if tuning is not None and tuning.end_to_end is not None:
+        costs.append(("end_to_end", end_to_end_cost(work, tuning.end_to_end)))
+    for name, cost in costs:
+        found.append(
+            PlannedStage(
+                name=name,
+                tokens=cost.tokens,
+                device_gb=cost.device / 1e9,
+                host_gb=cost.host / 1e9,
+                disk_gb=cost.disk / 1e9,
+                seconds=cost.operations / speed + cost.moved / bandwidth,
+            )
+        )
+    return found
 
 
 def _planned_table(table: Table, settings: Embeddings) -> PlannedLayer:
@@ -157,12 +234,12 @@ def _peak_bytes(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
 ) -> float:
-    """This process now, plus the larger of: quantized tables, and the activation streams with either the rows embedded
-    or one block at work."""
+    """Bytes while blocks are solved, the larger of: quantized tables, and the activation streams with either the rows
+    embedded or one block at work."""
     size = walker.dtype.itemsize
     text = walker.model.config.get_text_config()
     calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
-    streams = (compressed + dense) * text.hidden_size * size
+    streams = (compressed + dense + _tuning_tokens(recipe)) * text.hidden_size * size
     embedded = 2 * min(text.vocab_size, compressed) * text.hidden_size * size  # the rows, one by one and together
     block = 0.0
     for index in range(walker.n_blocks):
@@ -183,7 +260,7 @@ def _peak_bytes(
     if recipe.embeddings is not None:
         scheme = recipe.embeddings.integers().dense
         written = 2 * sum(stored_bits(scheme, table.shape, walker.dtype) / 8 for table in walker.tables().values())
-    return psutil.Process().memory_info().rss + max(written, streams + max(embedded, block))
+    return max(written, streams + max(embedded, block))
 
 
 def _seconds(
@@ -191,8 +268,10 @@ def _seconds(
     recipe: Recipe,
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
+    speed: float,
 ) -> float:
-    """Forward passes, Hessians, solvers and the dev set's logits, at this device's measured matmul speeds."""
+    """Forward passes, Hessians, solvers and the dev set's logits, at this device's measured matmul speeds: `speed` in
+    the run's dtype."""
     text = walker.model.config.get_text_config()
     calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
     tokens = calibration.samples * calibration.seqlen
@@ -209,15 +288,35 @@ def _seconds(
             solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
         if stage.selection is not None and stage.selection.fits:
             operations += tokens * k * k * 1.3 * len(members)  # what is not read differs from linear to linear
-    speeds = [_matmul_speed(walker.device, dtype) * _MATMUL_SHARE for dtype in (walker.dtype, torch.float32)]
-    return operations / speeds[0] + solvers / speeds[1]
+    return operations / speed + solvers / (_matmul_speed(walker.device, torch.float32) * _MATMUL_SHARE)
 
 
 def _tokens(recipe: Recipe) -> tuple[int, int]:
     """Tokens that run through the compressed blocks (calibration and dev sets), and through the dense ones (dev)."""
     calibration = recipe.calibration
-    dev = max(1, calibration.samples // DEV_SHARE) * calibration.seqlen
+    tuning = 0 if recipe.tuning is None else recipe.tuning.samples or 0
+    dev = dev_windows(calibration.samples, tuning) * calibration.seqlen
     return calibration.samples * calibration.seqlen + dev, dev
+
+
+def _tuning_tokens(recipe: Recipe) -> int:
+    """Tokens whose activations are held for tuning beside those of `_tokens`: dense, and compressed ones to tune on."""
+    if recipe.tuning is None:
+        return 0
+    samples = recipe.calibration.samples
+    windows = max(samples, recipe.tuning.samples or 0)
+    return (windows + (windows - samples if recipe.tuning.block is not None else 0)) * recipe.calibration.seqlen
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 64 MB on `device` reads and writes, the best of four."""
+    a = torch.zeros(2**24, device=device)
+    best = 0.0
+    for _ in range(4):
+        start = time.monotonic()
+        float(a.clone()[0])  # reading a value waits for the device
+        best = max(best, 2 * a.nbytes / (time.monotonic() - start))
+    return best
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:

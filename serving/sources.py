@@ -56,12 +56,14 @@ def resolve_model(
     model: str | os.PathLike[str],
     *,
     trust_remote_code: bool = False,
+    weights: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> ModelSource:
     """`demo`, a folder, a `.gguf` file or a hub id -> a local Hugging Face folder.
 
-    Tried in this order (`./demo` names a folder called demo). `report` gets a line for each step that takes a
-    while. Raises InputError for what the user can change, RunError when a download or conversion fails.
+    Tried in this order (`./demo` names a folder called demo). A folder must hold weights, unless `weights` is false.
+    `report` gets a line for each step that takes a while. Raises InputError for what the user can change, RunError when
+    a download or conversion fails.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -79,7 +81,7 @@ def resolve_model(
         raise InputError(f"no such folder or file: {name}")
     else:
         folder = _hub_folder(name, trust_remote_code, report)
-    _check_folder(folder, name, trust_remote_code)
+    _check_folder(folder, name, trust_remote_code, weights)
     return ModelSource(folder, name, stored_note(folder))
 
 
@@ -161,8 +163,9 @@ def _hub_folder(name: str, trust_remote_code: bool, report: Callable[[str], None
     raise InputError(f"{name} {problem}")
 
 
-def _check_folder(folder: Path, name: str, trust_remote_code: bool) -> None:
-    """InputError unless `folder` has safetensors and a config that transformers can use without foreign code."""
+def _check_folder(folder: Path, name: str, trust_remote_code: bool, weights: bool) -> None:
+    """InputError unless `folder` has a config that transformers can use without foreign code, and safetensors, which
+    may be absent altogether when `weights` is false."""
     config = _read_json(folder / "config.json", name) if (folder / "config.json").is_file() else None
     if config is None:
         if (folder / "adapter_config.json").is_file():
@@ -178,7 +181,8 @@ def _check_folder(folder: Path, name: str, trust_remote_code: bool) -> None:
                 f"{name} has only pickle weights ({which}); pickle is not read because it can run any code: "
                 "convert them to safetensors (save_pretrained of transformers does)"
             )
-        raise InputError(f"{name} has a config.json but no safetensors weights; is the download complete?")
+        if weights:
+            raise InputError(f"{name} has a config.json but no safetensors weights; is the download complete?")
     for index in folder.glob("*.safetensors.index.json"):
         weight_map = _read_json(index, name).get("weight_map")
         shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()

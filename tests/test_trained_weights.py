@@ -94,7 +94,25 @@ def test_what_is_trained_is_what_is_stored(name: str, train: tuple[str, ...]) ->
         before = unpack_weight(scheme, tensors, SHAPE)
         assert before.mask is None or not bool((module() != 0)[~before.mask].any())
     if "weights" not in trained and scheme.integers is not None:
-        assert torch.equal(moved["codes"], tensors["codes"])
+        (_, then, mask), (_, now, _) = (unpack_weight(scheme, part, SHAPE) for part in (tensors, moved))
+        assert then is not None and now is not None
+        assert bool(((then.codes == now.codes) | ~(torch.ones(SHAPE).bool() if mask is None else mask)).all())
+
+
+@pytest.mark.parametrize("name", ["integers", "groups", "branch"])
+def test_codes_start_where_they_are_but_as_close_to_the_next_as_the_dense_weight(name: str) -> None:
+    stage, scheme, tensors = stored(name)
+    dense = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = TrainedLinear(scheme, stage, tensors, SHAPE, EVERYTHING, dense)
+    assert same(module.stored(tensors), tensors)
+    far = TrainedLinear(scheme, stage, tensors, SHAPE, EVERYTHING)
+    steps, middle = (dict((n, p) for n, _, p in m.trained())["weight.steps"].detach() for m in (module, far))
+    moved = (steps - middle).flatten(1)[:, : SHAPE[1]]
+    assert 0.1 < float(moved.abs().mean()) < 0.5 and float(moved.abs().max()) <= 0.4501
+    wrong = dense.float() - storage.effective_weight(scheme, tensors, SHAPE, torch.float32)
+    kept = unpack_weight(scheme, tensors, SHAPE).mask
+    agree = (moved * wrong >= 0) | (moved.abs() < 1e-3)
+    assert bool(agree[slice(None) if kept is None else kept].all())
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -135,6 +153,20 @@ def test_gradients_of_frozen_codes_are_those_of_the_formula() -> None:
     torch.testing.assert_close(grads["weight.zero_shift"], shifted)
 
 
+def test_a_scale_has_its_whole_gradient_while_codes_are_trained_too() -> None:
+    stage, scheme, tensors = stored("integers")
+    wanted = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for train in (("scales",), EVERYTHING):
+        module = TrainedLinear(scheme, stage, tensors, SHAPE, train)
+        (module() * wanted).sum().backward()
+        grads.append({name: parameter.grad for name, _, parameter in module.trained()})
+    assert grads[0]["weight.log_scales"] is not None and bool(grads[0]["weight.log_scales"].any())
+    torch.testing.assert_close(grads[1]["weight.log_scales"], grads[0]["weight.log_scales"])
+    zeros = grads[1]["weight.zero_shift"]
+    assert zeros is not None and not bool(zeros.any())  # nothing is cut off at the start
+
+
 def test_gradients_reach_codes_that_are_not_cut_off() -> None:
     stage, scheme, tensors = stored("integers")
     module = TrainedLinear(scheme, stage, tensors, SHAPE, ("weights",))
@@ -144,8 +176,9 @@ def test_gradients_reach_codes_that_are_not_cut_off() -> None:
     module().sum().backward()
     assert steps.grad is not None
     assert not bool(steps.grad[0].any())
-    scales = unpack_weight(scheme, tensors, SHAPE).quantized.scales.float()
-    torch.testing.assert_close(steps.grad[1:, :, 0], scales[1:])
+    quantized = unpack_weight(scheme, tensors, SHAPE).quantized
+    assert quantized is not None
+    torch.testing.assert_close(steps.grad[1:, :, 0], quantized.scales[1:].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...serving.checkpoint import TensorInfo
 from ...serving.scheme import LinearScheme
+from ...serving.storage import effective_weight
 from ...triton_kernels.formats.integers import Quantized
 from ..passes.base import IntegerSettings, StageConfig
 from ..passes.quantization import CodeRange, split_groups
@@ -24,6 +25,7 @@ from .logical import Logical, pack_logical, unpack_weight
 
 Trained = Iterator[tuple[str, Part, nn.Parameter]]
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive numbers of fp16
+_WITHIN = 0.45  # steps that a weight may start from the code that it rounds to
 
 
 class _RoundTo(torch.autograd.Function):
@@ -38,45 +40,51 @@ class _RoundTo(torch.autograd.Function):
         return grads[0], None
 
 
-class _Codes(torch.autograd.Function):
-    """`steps * ratio + zeros` rounded to whole codes from `low` to `high`; the gradient passes where none was cut off.
+class _Centered(torch.autograd.Function):
+    """`steps` `[N, J, G]` from zero points `zeros` `[N, J, 1]`, rounded and cut to the codes `low` to `high`, less the
+    zero points.
 
-    `steps` `[N, J, G]`; `ratio` and `zeros` `[N, J, 1]`.
+    Gradients pass where nothing is cut off; there a zero point makes no difference, and elsewhere it shifts the end of
+    the range.
     """
 
     @staticmethod
-    def forward(ctx: Any, steps: Tensor, ratio: Tensor, zeros: Tensor, low: float, high: float) -> Tensor:
-        codes = torch.addcmul(zeros, steps, ratio).round_()
-        ctx.save_for_backward(steps, ratio, (codes >= low) & (codes <= high))
-        return codes.clamp_(low, high)
+    def forward(ctx: Any, steps: Tensor, zeros: Tensor, low: float, high: float) -> Tensor:
+        codes = (steps + zeros).round_()
+        ctx.save_for_backward((codes >= low) & (codes <= high))
+        return codes.clamp_(low, high).sub_(zeros)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        steps, ratio, inside = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (inside,) = ctx.saved_tensors
         passed = grads[0] * inside
-        for_steps = passed * ratio if ctx.needs_input_grad[0] else None
-        for_ratio = (passed * steps).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
-        for_zeros = passed.sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
-        return for_steps, for_ratio, for_zeros, None, None
+        shifted = (passed - grads[0]).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
+        return passed, shifted, None, None
 
 
 class IntegerWeight(nn.Module):
     """`mask * scale * (code - zero)` `[N, K]`, with codes, scales and zero points trained as asked."""
 
     def __init__(
-        self, logical: Logical, allowed: CodeRange, group_size: int, middle: int, train: Collection[Part]
+        self,
+        logical: Logical,
+        allowed: CodeRange,
+        group_size: int,
+        middle: int,
+        train: Collection[Part],
+        origin: Tensor | None = None,
     ) -> None:
         """`logical` holds quantized numbers; codes stay within `allowed`; `middle` is the zero point of symmetric ones.
 
-        Codes are only trained with `weights` in `train`.
+        Codes are only trained with `weights` in `train`. Then each starts as far from its neighbours as `origin`
+        `[N, K]`, the weight before it was rounded, is: in the middle all would be equally far, and change together.
         """
         super().__init__()
         assert logical.quantized is not None
         codes, scales, zeros = logical.quantized
         self.columns, self.allowed = codes.shape[1], allowed
         whole = torch.full_like(scales, middle) if zeros is None else zeros
-        self._base = scales.float()[..., None]
-        self._zeros = whole.float()[..., None]
+        self._base, self._zeros = scales[..., None], whole[..., None]
         # A short last group is padded with its zero point, and so with zeros here.
         spread = torch.arange(self.columns, device=codes.device) // group_size
         steps = split_groups(codes.short() - whole.short()[:, spread], group_size)
@@ -85,9 +93,12 @@ class IntegerWeight(nn.Module):
         masked = logical.mask is not None and (moves or "weights" in train)
         self._kept = split_groups(logical.mask, group_size) if masked and logical.mask is not None else None
         self.steps = nn.Parameter(steps.float()) if "weights" in train else None
+        if origin is not None and self.steps is not None:
+            wanted = split_groups(origin.float(), group_size) / self._base.float().clamp(min=_SMALLEST)
+            self.steps.data.add_((wanted - self.steps.data).clamp_(-_WITHIN, _WITHIN))
         self._frozen = None if "weights" in train else steps.to(torch.int8 if allowed.high < 128 else torch.int16)
-        self.log_scales = nn.Parameter(torch.zeros_like(self._base)) if "scales" in train else None
-        self.zero_shift = nn.Parameter(torch.zeros_like(self._base)) if moves else None
+        self.log_scales = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if "scales" in train else None
+        self.zero_shift = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if moves else None
 
     def trained(self) -> Trained:
         """`(name, part, parameter)` of everything that is trained."""
@@ -100,9 +111,8 @@ class IntegerWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight `[N, K]`, fp32."""
-        scales, zeros = self._scales(), self._whole_zeros()
-        centered = self._codes(scales, zeros) - zeros
-        values = centered * scales
+        scales = self._scales()
+        values = self._centered() * scales
         if self._kept is not None:
             values = values * self._kept
         return values.flatten(-2)[:, : self.columns]
@@ -111,28 +121,38 @@ class IntegerWeight(nn.Module):
     def logical(self, mask: Tensor | None) -> Logical:
         """What `forward` stands for, as it is stored under the `mask` it was made with."""
         scales, zeros = self._scales(), self._whole_zeros()
-        codes = self._codes(scales, zeros).flatten(-2)[:, : self.columns].to(torch.uint8)
+        codes = (self._centered() + zeros).flatten(-2)[:, : self.columns].to(torch.uint8)
         stored = zeros[..., 0].to(torch.uint8) if self.allowed.zero is None else None
         return Logical(None, Quantized(codes, scales[..., 0].half(), stored), mask)
 
     def _scales(self) -> Tensor:
+        """`[N, J, 1]`, fp32 that fp16 holds."""
+        base = self._base.float()
         if self.log_scales is None:
-            return self._base
-        return _RoundTo.apply((self._base * self.log_scales.exp()).clamp(max=_LARGEST), torch.float16)
+            return base
+        return _RoundTo.apply((base * self.log_scales.exp()).clamp(max=_LARGEST), torch.float16)
 
     def _whole_zeros(self) -> Tensor:
+        """`[N, J, 1]`, fp32 whole numbers."""
+        zeros = self._zeros.float()
         if self.zero_shift is None:
-            return self._zeros
-        moved = (self._zeros + self.zero_shift).clamp(self.allowed.low, self.allowed.high)
-        return moved + (moved.round() - moved).detach()  # exact: both are small
+            return zeros
+        moved = (zeros + self.zero_shift).clamp(self.allowed.low, self.allowed.high)
+        return moved + (moved.round() - moved).detach()  # exact, as both are small
 
-    def _codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _centered(self) -> Tensor:
+        """Codes less their zero points, `[N, J, G]`.
+
+        They do not depend on the scale: under a rounding that passes gradients straight through, a scale that divides
+        first would seem to make no difference, and AdamW would walk along the noise of that.
+        """
         if self.steps is None:
             assert self._frozen is not None
-            # Zero points that move take their codes along only as far as there are codes.
-            return self._frozen + self._zeros
-        ratio = self._base / scales.clamp(min=_SMALLEST)
-        return _Codes.apply(self.steps, ratio, zeros, self.allowed.low, self.allowed.high)
+            if self.zero_shift is None:
+                return self._frozen.float()
+            return self._frozen + self._zeros.float() - self._whole_zeros()  # the codes themselves stay
+        centered: Tensor = _Centered.apply(self.steps, self._whole_zeros(), self.allowed.low, self.allowed.high)
+        return centered
 
 
 class FloatWeight(nn.Module):
@@ -177,13 +197,19 @@ class TrainedLinear(nn.Module):
         tensors: Mapping[str, Tensor],
         shape: tuple[int, int],
         train: Collection[Part],
+        origin: Tensor | None = None,
     ) -> None:
-        """`tensors` are the stored ones by suffix, and `stage` the recipe's stage that made them."""
+        """`tensors` are the stored ones by suffix, `stage` the recipe's stage that made them, `origin` `[N, K]` the
+        dense weight."""
         super().__init__()
         self.scheme, self.shape = scheme, shape
         plain = scheme.model_copy(update={"low_rank": None})
         bits, symmetric = (stage.bits, stage.symmetric) if isinstance(stage, IntegerSettings) else (8, True)
-        self.weight = _trainable(plain, tensors, shape, "weights", train, CodeRange.of(bits, symmetric))
+        if origin is not None and scheme.low_rank is not None:
+            both = (effective_weight(s, tensors, shape, torch.float32) for s in (scheme, plain))
+            origin = origin - (next(both) - next(both))
+        allowed = CodeRange.of(bits, symmetric)
+        self.weight = _trainable(plain, tensors, shape, "weights", train, allowed, origin)
         self.v: IntegerWeight | FloatWeight | None = None
         self.u: IntegerWeight | FloatWeight | None = None
         branch = scheme.low_rank
@@ -240,9 +266,11 @@ def trainable_weights(
     tensors: Mapping[str, Tensor],
     checkpoint: Mapping[str, TensorInfo],
     train: Collection[Part],
+    origins: Mapping[str, Tensor] | None = None,
 ) -> dict[str, TrainedLinear | FloatWeight]:
     """What may be trained of the block called `prefix`, by parameter name inside it: its linears in `stages`, whose
-    stored forms are among `tensors` (by full name), and with `norms` its norms, in the `checkpoint`'s dtype."""
+    stored forms are among `tensors` (by full name), and with `norms` its norms, in the `checkpoint`'s dtype. `origins`
+    are the linears' dense weights, by full name."""
     found: dict[str, TrainedLinear | FloatWeight] = {}
     norms: dict[str, TrainedLinear | FloatWeight] = {}
     for inner, module in block.named_modules():
@@ -250,7 +278,10 @@ def trainable_weights(
         if name in stages and isinstance(module, nn.Linear):
             shape = (module.out_features, module.in_features)
             own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
-            found[f"{inner}.weight"] = TrainedLinear(stages[name].scheme(shape), stages[name], own, shape, train)
+            origin = (origins or {}).get(name)
+            found[f"{inner}.weight"] = TrainedLinear(
+                stages[name].scheme(shape), stages[name], own, shape, train, origin
+            )
         elif "norms" in train and isinstance(weight, nn.Parameter) and weight.ndim == 1:
             stored = tensors.get(f"{name}.weight", weight).to(checkpoint[f"{name}.weight"].dtype)
             norms[f"{inner}.weight"] = FloatWeight(Logical(stored, None, None), "norms", train)
@@ -293,9 +324,10 @@ def _trainable(
     part: Part,
     train: Collection[Part],
     allowed: CodeRange,
+    origin: Tensor | None = None,
 ) -> IntegerWeight | FloatWeight:
     logical = unpack_weight(scheme, tensors, shape)
     if scheme.integers is None:
         return FloatWeight(logical, part, train)
     middle = 1 << (scheme.integers.bits - 1)
-    return IntegerWeight(logical, allowed, scheme.integers.group_size, middle, train)
+    return IntegerWeight(logical, allowed, scheme.integers.group_size, middle, train, origin)
