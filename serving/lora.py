@@ -46,9 +46,11 @@ def _adapter() -> type:
             LoraLayer.__init__(self, base_layer)
             self._active_adapter = adapter_name
             self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-            device = next(iter(base_layer.stored().values())).device
-            for adapters in (self.lora_A, self.lora_B):
-                adapters.to(device)
+            # peft moves the adapters to where this tensor lies.
+            base_layer.qweight = torch.empty(0, device=next(iter(base_layer.stored().values())).device)
+
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            return module.in_features, module.out_features
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """`x` `[..., K]` -> `[..., N]`."""

@@ -84,7 +84,7 @@ def test_threads_share_a_model_that_was_never_run(artifact: Path) -> None:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [None, "dynamic", "dynamic_full", "static", "offloaded", "quantized"])
+@pytest.mark.parametrize("cache", [None, "dynamic", "static", "offloaded", "quantized"])
 def test_every_cache_that_works_for_the_dense_model_works(cache: str | None, artifact: Path, expanded: Any) -> None:
     try:
         want = generated(expanded, cache_implementation=cache)
@@ -148,7 +148,7 @@ def test_lora_adapters_train_and_leave_the_compressed_weights(artifact: Path, tm
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     with torch.no_grad():
         tuned = model(input_ids=IDS).logits
