@@ -256,12 +256,12 @@ class _Multiply(torch.autograd.Function):
     """`x @ W.T` by whatever runs the module; W is expanded again for the gradient, instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: CompressedWeight) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, module: CompressedWeight) -> Tensor:
         ctx.module = module
         return module.prepare(x.dtype)(x, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         module = ctx.module
         tensors = module.prepare(grad.dtype).restore()
         return grad @ storage.dense_weight(module.scheme, tensors, module.shape, grad.dtype), None

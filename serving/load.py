@@ -90,13 +90,14 @@ def load(
 
     checkpoint = Checkpoint(path)
     build_skeleton(checkpoint, torch.float32)  # refuses what transformers would load with random weights
-    if backend not in get_args(Backend):
+    chosen = next((known for known in get_args(Backend) if known == backend), None)
+    if chosen is None:
         raise InputError(f"backend {backend!r} is unknown{did_you_mean(backend, list(get_args(Backend)))}")
     where = resolve_device(device)
     computed = resolve_dtype(dtype, where, stored_dtype(checkpoint))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=computed, local_files_only=True)
     model = model.to(where).eval()
-    choose_backend(model, backend)
+    choose_backend(model, chosen)
     judged = verdicts and backend == "auto"
     entry = speed_verdicts.find(checkpoint.path, where, computed, batch_size) if judged else None
     if entry is not None:
@@ -106,7 +107,7 @@ def load(
     return model
 
 
-def choose_backend(model: Any, backend: str) -> None:
+def choose_backend(model: Any, backend: Backend) -> None:
     """Make `backend` run every compressed weight of `model`; raises InputError, with the reason, where it cannot."""
     for name, module in model.named_modules():
         if not isinstance(module, CompressedWeight):

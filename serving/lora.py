@@ -45,19 +45,22 @@ def _adapter() -> type:
             torch.nn.Module.__init__(self)
             LoraLayer.__init__(self, base_layer)
             self._active_adapter = adapter_name
-            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-            device = next(iter(base_layer.stored().values())).device
-            for adapters in (self.lora_A, self.lora_B):
-                adapters.to(device)
+            LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config)
+            # peft moves the adapters to where this tensor lies.
+            base_layer.qweight = torch.empty(0, device=next(iter(base_layer.stored().values())).device)
+
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            return module.in_features, module.out_features
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """`x` `[..., K]` -> `[..., N]`."""
-            y: Tensor = self.base_layer(x)
-            for name in () if self.disable_adapters else self.active_adapters:
-                if name in self.lora_A:
-                    inner, outer = self.lora_A[name], self.lora_B[name]
-                    update = outer(inner(self.lora_dropout[name](x.to(inner.weight.dtype))))
-                    y = y + (update * self.scaling[name]).to(y.dtype)
+            own: Any = self  # its attributes are peft's
+            y: Tensor = own.base_layer(x)
+            for name in () if own.disable_adapters else own.active_adapters:
+                if name in own.lora_A:
+                    inner, outer = own.lora_A[name], own.lora_B[name]
+                    update = outer(inner(own.lora_dropout[name](x.to(inner.weight.dtype))))
+                    y = y + (update * own.scaling[name]).to(y.dtype)
             return y
 
     return CompressedLoraLinear

@@ -7,70 +7,10 @@ import torch
 from torch import Tensor
 
 from halfweight.serving.errors import InputError
-from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme
+from halfweight.serving.scheme import LinearScheme
 from halfweight.serving.sharding import along_columns, along_rows, column_scheme
-from halfweight.serving.storage import effective_weight, pack_branch, pack_weight, validate
-from halfweight.triton_kernels.formats.integers import Quantized
-
-N, K = 24, 128
-
-
-def integers(bits: int = 4, group_size: int = 16, symmetric: bool = False) -> IntegerScheme:
-    return IntegerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
-
-
-SCHEMES = {
-    "2:4": LinearScheme(pattern="2:4", density=0.5),
-    "int4": LinearScheme(pattern="dense", density=1.0, integers=integers()),
-    "int8": LinearScheme(pattern="dense", density=1.0, integers=integers(8, 32, True)),
-    "2:4 int4": LinearScheme(pattern="2:4", density=0.5, integers=integers()),
-    "groups": LinearScheme(pattern="1x16", density=0.5, integers=integers(), kept=4, segments=4),
-    "2:4 + rank 4": LinearScheme(pattern="2:4", density=0.5, low_rank=LowRankScheme(rank=4)),
-    "int4 + rank 8 int4": LinearScheme(
-        pattern="dense",
-        density=1.0,
-        integers=integers(),
-        low_rank=LowRankScheme(rank=8, integers=integers(4, 32, True)),
-    ),
-}
-
-
-def packed(scheme: LinearScheme) -> dict[str, Tensor]:
-    """Random stored tensors of a linear `[N, K]`."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(N, K, generator=generator)
-    mask = torch.ones(N, K, dtype=torch.bool)
-    if scheme.pattern == "2:4":
-        mask = torch.tensor([True, False, True, False]).repeat(K // 4).expand(N, K).clone()
-        mask[::3] = mask[::3].roll(1, 1)
-    elif scheme.group is not None:
-        mask = torch.zeros(N, K // 16, dtype=torch.bool)
-        mask[:, ::2] = True  # one group in each of the four segments of two
-        mask[1::2] = mask[1::2].roll(1, 1)
-        mask = mask.repeat_interleave(16, 1)
-    quantized = None if scheme.integers is None else random_codes(scheme.integers, N, K, generator)
-    tensors = pack_weight(weight * mask, scheme, quantized, mask)
-    if scheme.low_rank is not None:
-        v, u = torch.randn(K, scheme.low_rank.rank, generator=generator), torch.randn(N, scheme.low_rank.rank)
-        codes = None
-        if scheme.low_rank.parts is not None:
-            inner, outer = (part.integers for part in scheme.low_rank.parts)
-            assert inner is not None
-            assert outer is not None
-            codes = (
-                random_codes(inner, scheme.low_rank.rank, K, generator),
-                random_codes(outer, N, scheme.low_rank.rank, generator),
-            )
-        tensors |= pack_branch(scheme.low_rank, v, u, codes)
-    return tensors
-
-
-def random_codes(integers: IntegerScheme, rows: int, columns: int, generator: torch.Generator) -> Quantized:
-    groups = -(-columns // integers.group_size)
-    codes = torch.randint(2**integers.bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(rows, groups, generator=generator).half()
-    zeros = torch.randint(2**integers.bits, (rows, groups), generator=generator, dtype=torch.uint8)
-    return Quantized(codes, scales, None if integers.symmetric else zeros)
+from halfweight.serving.storage import effective_weight, validate
+from stored_linears import SCHEMES, K, N, integers, packed
 
 
 def dense(scheme: LinearScheme, tensors: dict[str, Tensor], rows: int, columns: int) -> Tensor:

@@ -1,0 +1,205 @@
+"""The vLLM plugin over stand-ins for vLLM's classes: whatever vLLM fuses and cuts, the outputs are the linears' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fake_vllm
+from fake_vllm import LinearBase, ParallelLMHead, UnquantizedLinearMethod, VocabParallelEmbedding
+from halfweight.serving.errors import InputError
+from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme
+from halfweight.serving.storage import effective_weight, pack_weight
+from halfweight.serving.vllm_plugin import register
+from stored_linears import SCHEMES, K, N, integers, packed, random_codes
+
+BLOCK = "model.layers.0"
+QKV = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
+DOWN = f"{BLOCK}.mlp.down_proj"
+X = torch.randn(5, K, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return fake_vllm.install(monkeypatch)
+
+
+@pytest.fixture
+def configure(registry: Any) -> Any:
+    """A factory of plugin configs, made as vLLM makes them from config.json."""
+    register()
+
+    def make(linears: dict[str, LinearScheme], embedding: IntegerScheme | None = None) -> Any:
+        data = ArtifactConfig(linears=linears, embedding=embedding).to_json()
+        config = registry.configs["halfweight"].from_config(data)
+        config.packed_modules_mapping["qkv_proj"] = ["q_proj", "k_proj", "v_proj"]
+        return config
+
+    return make
+
+
+def load(layer: nn.Module, tensors: dict[str, Tensor], *shard: Any) -> None:
+    """As vLLM's loaders do: by parameter name, with the shard of a fused layer."""
+    parameters = dict(layer.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].weight_loader(parameters[name], tensor, *shard)  # type: ignore[union-attr]
+
+
+def dense(scheme: LinearScheme, tensors: dict[str, Tensor], rows: int = N) -> Tensor:
+    return effective_weight(scheme, tensors, (rows, K), torch.float32)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_registration_is_idempotent(registry: Any) -> None:
+    register()
+    register()
+    assert registry.QUANTIZATION_METHODS == ["halfweight"]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fused_projections_give_each_parts_outputs(name: str, ranks: int, configure: Any) -> None:
+    scheme, parts = SCHEMES[name], [packed(SCHEMES[name], seed) for seed in range(3)]
+    outputs = []
+    for rank in range(ranks):
+        config = configure(dict.fromkeys(QKV, scheme))
+        layer = LinearBase(rank, ranks, (N, N, N), K)
+        method = config.get_quant_method(layer, f"{BLOCK}.self_attn.qkv_proj")
+        layer.create(method, by_rows=False)
+        for shard, tensors in zip("qkv", parts, strict=True):
+            load(layer, tensors, shard)
+        method.process_weights_after_loading(layer)
+        assert not list(layer.parameters())
+        assert len(layer.halfweight) == (1 if scheme.low_rank is None else 3)
+        outputs.append(method.apply(layer, X).split(N // ranks, -1))
+    for part, tensors in enumerate(parts):
+        close(torch.cat([output[part] for output in outputs], -1), X @ dense(scheme, tensors).T)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_row_parallel_parts_sum_to_the_linear(name: str, ranks: int, configure: Any) -> None:
+    scheme, tensors = SCHEMES[name], packed(SCHEMES[name])
+    bias = torch.arange(N, dtype=torch.float32)
+    total = torch.zeros(len(X), N)
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (N,), K)
+        method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+        layer.create(method, by_rows=True)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        width = K // ranks
+        total += method.apply(layer, X[:, rank * width : (rank + 1) * width], None if rank else bias)
+    close(total, X @ dense(scheme, tensors).T + bias)
+
+
+def test_key_and_value_heads_that_are_fewer_than_ranks_are_copied(configure: Any) -> None:
+    scheme = SCHEMES["2:4"]
+    parts = [packed(scheme, seed) for seed in range(3)]
+    for rank in range(4):  # q in four parts of 6, k and v in two of 12 that two ranks share
+        layer = LinearBase(rank, 4, (N, 2 * N, 2 * N), K)
+        method = configure(dict.fromkeys(QKV, scheme)).get_quant_method(layer, f"{BLOCK}.self_attn.qkv_proj")
+        layer.create(method, by_rows=False, local=(6, 12, 12))
+        for shard, tensors in zip("qkv", parts, strict=True):
+            load(layer, tensors, shard)
+        method.process_weights_after_loading(layer)
+        q, k, v = (X @ dense(scheme, tensors).T for tensors in parts)
+        half = 12 * (rank // 2)
+        close(
+            method.apply(layer, X), torch.cat([q[:, 6 * rank :][:, :6], k[:, half:][:, :12], v[:, half:][:, :12]], -1)
+        )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_linears_that_the_checkpoint_fuses_are_cut_part_by_part(ranks: int, configure: Any) -> None:
+    scheme, name = SCHEMES["int4"], f"{BLOCK}.mlp.gate_up_proj"
+    tensors = packed(scheme)
+    outputs = []
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (N // 2, N // 2), K)
+        config = configure({name: scheme})
+        config.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]
+        method = config.get_quant_method(layer, name)
+        layer.create(method, by_rows=False)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        outputs.append(method.apply(layer, X).split(N // 2 // ranks, -1))
+    got = torch.cat([output[part] for part in range(2) for output in outputs], -1)
+    close(got, X @ dense(scheme, tensors).T)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_padded_embedding_and_its_tied_head(ranks: int, configure: Any) -> None:
+    rows, table = 27, integers(8, 32)
+    codes = random_codes(table, rows, K, torch.Generator().manual_seed(0))
+    tensors = pack_weight(torch.empty(0), table.dense, codes)
+    want = dense(table.dense, tensors, rows)
+    for rank in range(ranks):
+        config = configure({}, table)
+        layer, head = (kind(rows, K, rank, ranks) for kind in (VocabParallelEmbedding, ParallelLMHead))
+        method, head_method = config.get_quant_method(layer, ""), config.get_quant_method(head, "lm_head")
+        layer.create(method)
+        head.create(head_method)
+        assert head_method.tie_weights(head, layer) is head
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        own = want[rank * layer.share :][: layer.share]
+        close(method.embedding(layer, torch.arange(len(own))[None]), own[None])
+        logits = head_method.apply(head, X)
+        assert logits.shape == (len(X), layer.share)
+        close(logits[:, : len(own)], X @ own.T)
+        assert not logits[:, len(own) :].any()
+
+
+def test_an_untied_head_of_integers_is_padded(configure: Any) -> None:
+    rows, table = 27, integers(8, 32)
+    tensors = pack_weight(torch.empty(0), table.dense, random_codes(table, rows, K, torch.Generator().manual_seed(0)))
+    head = ParallelLMHead(rows, K)
+    method = configure({"lm_head": table.dense}, table).get_quant_method(head, "lm_head")
+    head.create(method)
+    load(head, tensors)
+    method.process_weights_after_loading(head)
+    close(method.apply(head, X)[:, :rows], X @ dense(table.dense, tensors, rows).T)
+
+
+def test_what_is_not_compressed_stays_vllms_own(configure: Any) -> None:
+    config = configure({DOWN: LinearScheme(pattern="4:8", density=0.5)})
+    assert isinstance(config.get_quant_method(LinearBase(), DOWN), UnquantizedLinearMethod)
+    assert isinstance(config.get_quant_method(LinearBase(), f"{BLOCK}.mlp.gate_proj"), UnquantizedLinearMethod)
+    assert config.get_quant_method(VocabParallelEmbedding(4, 4), "model.embed_tokens") is None
+    assert config.get_quant_method(ParallelLMHead(4, 4), "lm_head") is None
+
+
+def test_refusals_name_the_linear(configure: Any) -> None:
+    mixed = configure({QKV[0]: SCHEMES["2:4"]})
+    with pytest.raises(InputError, match=r"k_proj is dense but .*qkv_proj fuses it"):
+        mixed.get_quant_method(LinearBase(), f"{BLOCK}.self_attn.qkv_proj")
+    layer = LinearBase(0, 8, (N,), K)
+    with pytest.raises(InputError, match=r"down_proj: rows of 4 segments"):
+        layer.create(configure({DOWN: SCHEMES["groups"]}).get_quant_method(layer, DOWN), by_rows=True)
+    experts = configure({f"{BLOCK}.mlp.experts.0.up_proj": SCHEMES["2:4"]})
+    with pytest.raises(InputError, match="is an expert"):
+        experts.get_quant_method(nn.Module(), f"{BLOCK}.mlp")
+
+
+@pytest.mark.parametrize("damage", ["missing", "pattern", "shape"])
+def test_damaged_tensors_are_refused_by_name(damage: str, configure: Any) -> None:
+    scheme, tensors = SCHEMES["2:4"], packed(SCHEMES["2:4"])
+    if damage == "missing":
+        del tensors["meta"]
+    elif damage == "pattern":
+        tensors["meta"] = torch.full_like(tensors["meta"], 0xFF)
+    else:
+        tensors["values"] = tensors["values"][:, :-2]
+    layer = LinearBase(0, 1, (N,), K)
+    method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+    layer.create(method, by_rows=True)
+    load(layer, tensors)
+    with pytest.raises(InputError, match=r"down_proj.*(missing|damaged)"):
+        method.process_weights_after_loading(layer)
