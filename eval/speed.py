@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ..serving import verdicts
 from ..serving.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class Speed(BaseModel):
     prompt: int
     new: int
     rounds: int
-    models: list[ModelSpeed]
+    models: list[ModelSpeed] = Field(min_length=1)
     kernels: list[Kernel]
     layers: list[LayerSpeed]
     versions: dict[str, str]

@@ -72,7 +72,7 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
         "effective_bits_model": run.effective_bits_model,
         "bytes": run.bytes,
         "dev": run.dev.model_dump(),
-        "worst_error": max(layer.error for layer in run.layers),
+        "worst_error": max((layer.error for layer in run.layers), default=0.0),
         "seconds": run.seconds,
         "peak_rss_gb": run.peak_rss_gb,
         "calibration": {"data": Path(run.calibration_data).name, "tokens": run.calibration_tokens, "seed": run.seed},

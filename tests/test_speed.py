@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,41 @@ def test_without_a_dense_model_the_rival_has_the_same_weights(artifact: Path) ->
     expanded = rivals.dense(artifact, None, CPU, torch.float32)
     torch.testing.assert_close(expanded.model(IDS).logits, own.model(IDS).logits)
     assert not any(isinstance(m, CompressedLinear) for m in expanded.model.modules())
+
+
+def test_a_tied_table_is_timed_as_the_head_that_it_is(
+    make_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    dense = make_model("llama", tie_word_embeddings=True)
+    settings = {"calibration": {"data": str(text_file), "samples": 2, "seqlen": 32}, "embeddings": {"bits": 8}}
+    recipe = {"name": "tied", **settings, "stages": [{"pass": "rtn", "bits": 4, "group_size": 32}]}
+    out = tmp_path / "tied"
+    halfweight.compress_checkpoint(dense, halfweight.Recipe.parse(recipe), out)
+    result = small_bench(out, dense)
+    assert result.int4 == "the artifact is dense int4 itself"
+    assert {row.model for row in result.models} == {"compressed", "dense"}
+    table = next(layer for layer in result.layers if layer.op == "tied")
+    assert (table.own, table.shape, table.example) == ("int8", (64, 32), "model.embed_tokens")
+    assert set(table.times) == {"int8", "dense"}
+    verdicts.write(out, [entry_for(out, "dense")])
+    torch.testing.assert_close(halfweight.load(out)(IDS).logits, halfweight.load(out, verdicts=False)(IDS).logits)
+
+
+def test_bytes_are_those_of_the_form_that_runs(artifact: Path) -> None:
+    from halfweight.eval import rivals
+
+    dense, stored = (rivals.compressed(artifact, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    numbers = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)  # of the linears
+    others = 2 * 64 * 32 + 5 * 32  # embedding, head and norms
+    buffers = sum(b.numel() * 4 for n, b in dense.model.named_buffers() if "inv_freq" in n)
+    assert dense.weights == numbers * 9 // 8 + 4 * others + buffers  # 2:4 values that are bf16 numbers stay so
+    assert stored.weights == numbers * 9 // 8 + 2 * others + buffers
+    assert dense.weights - dense.read == 64 * 32 * 4
+
+
+def test_another_dense_model_is_refused(artifact: Path, make_model: Callable[..., Path]) -> None:
+    with pytest.raises(halfweight.InputError, match="name the model it was made from"):
+        small_bench(artifact, make_model("gpt_neox"))
 
 
 def test_modelled_verdicts_say_so(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
