@@ -52,6 +52,14 @@ def best_settings(found: Speed) -> dict[tuple[str, int], ModelSpeed]:
     return best
 
 
+def smallest_batch(found: Speed | None) -> ModelSpeed | None:
+    """The artifact's fastest setting at the smallest batch, where it was measured."""
+    if found is None:
+        return None
+    rows = [row for row in best_settings(found).values() if row.model == MODELS[0]]
+    return min(rows, key=lambda row: row.batch, default=None)
+
+
 def _model_table(found: Speed, best: dict[tuple[str, int], ModelSpeed]) -> Table:
     rows = []
     for row in found.models:
