@@ -24,6 +24,7 @@ from .rivals import Contender
 from .timing import Spread, generation_seconds, memory_growth
 
 LAYER_ROUNDS = 5
+STEADY = 1.3  # decode rates of one setting's rounds, fastest over slowest
 
 
 class ModelSpeed(BaseModel):
@@ -74,6 +75,16 @@ class Speed(BaseModel):
     kernels: list[Kernel]
     layers: list[LayerSpeed]
     versions: dict[str, str]
+
+    @property
+    def unsteady(self) -> str:
+        """A warning when some setting's rounds differ so much that other work must have had the machine; else empty."""
+        widest = max(row.decode.high / max(row.decode.low, 1e-9) for row in self.models)
+        if widest <= STEADY:
+            return ""
+        return (
+            f"Rounds of one setting differ by up to {widest:.1f}x: the machine was busy; measure again when it is not."
+        )
 
 
 def bench(

@@ -93,7 +93,8 @@ def device_name(device: torch.device) -> str:
     """What verdicts know a device by: a GPU's name, or the processor and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{_processor()}, {count} thread{'' if count == 1 else 's'}"
 
 
 def own_form(scheme: LinearScheme) -> Choice:

@@ -227,6 +227,15 @@ def test_bench_times_the_artifact_beside_its_rivals(artifact: Path, llama: Path)
     assert not any(layer.int4_exact for layer in result.layers)
 
 
+def test_rounds_that_differ_much_are_said_to(artifact: Path) -> None:
+    result = small_bench(artifact)
+    steady, wide = (Spread(median=10, low=low, high=11, count=3) for low in (9.0, 2.0))
+    rows = [row.model_copy(update={"decode": steady}) for row in result.models]
+    assert result.model_copy(update={"models": rows}).unsteady == ""
+    rows[0] = rows[0].model_copy(update={"decode": wide})
+    assert "differ by up to 5.5x" in result.model_copy(update={"models": rows}).unsteady
+
+
 def test_without_a_dense_model_the_rival_has_the_same_weights(artifact: Path) -> None:
     from halfweight.eval import rivals
 

@@ -137,7 +137,8 @@ def layers(sources: Sources) -> Section:
         svg = charts.heat_map(names, blocks, errors, "relative output error", log=True)
         figures.append(
             Figure(
-                svg, "Share of each linear's output energy that compression lost, on held-out inputs. Darker is worse."
+                svg,
+                "Share of each linear's output energy that compression lost, on held-out inputs; the scale is below.",
             )
         )
     density = {spots[layer.name]: layer.density for layer in held if layer.name in spots}
