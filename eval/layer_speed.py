@@ -150,7 +150,7 @@ def decide(own: Choice, possible: Mapping[Any, float]) -> tuple[Choice, str]:
 
 
 def entries(layers: list[LayerSpeed], device: str) -> list[Entry]:
-    """Measured verdicts as `verdicts.json` keeps them."""
+    """Measured verdicts as `verdicts.json` keeps them; where several numbers of tokens share a bucket, the first's."""
     grouped: dict[tuple[str, int], dict[Kind, Verdict]] = {}
     for layer in layers:
         verdict = Verdict(
@@ -161,7 +161,7 @@ def entries(layers: list[LayerSpeed], device: str) -> list[Entry]:
             microseconds={form: spread.median for form, spread in layer.times.items()},
         )
         kind = (layer.op, layer.scheme, layer.shape)
-        grouped.setdefault((layer.dtype, bucket(layer.tokens)), {})[kind] = verdict
+        grouped.setdefault((layer.dtype, bucket(layer.tokens)), {}).setdefault(kind, verdict)
     return [
         Entry(device=device, dtype=dtype, tokens=tokens, linears=list(found.values()))
         for (dtype, tokens), found in grouped.items()

@@ -128,7 +128,7 @@ def bench(
     before = torch.get_num_threads()
     try:
         contenders = {dtype: _contenders(folder, dense_folder, where, dtype) for dtype in resolved}
-        kernels = [kernel for dtype in resolved for kernel in _kernels(contenders[dtype][0], batches)]
+        kernels = [kernel for dtype in resolved for kernel in _kernels(contenders[dtype], batches)]
         vocabulary = int(config.get_text_config().vocab_size)
         everyone = [contender for found in contenders.values() for contender in found]
         models = _models(everyone, batches, counts, prompt, new, rounds, vocabulary, seed, progress)
@@ -186,9 +186,11 @@ def _contenders(folder: Path, dense: Path | None, device: torch.device, dtype: t
     return found if int4 is None else [*found, int4]
 
 
-def _kernels(contender: Contender, batches: Sequence[int]) -> list[Kernel]:
-    """Check and choose what runs the artifact, and list it by kind."""
-    choices = {choice.name: choice for choice in warmup(contender.model, sorted(batches), contender.dtype)}
+def _kernels(contenders: Sequence[Contender], batches: Sequence[int]) -> list[Kernel]:
+    """Check and choose what runs every contender, and list the artifact's choices by kind."""
+    # The rivals are warmed up too: their best kernels may have to pass their check first.
+    warmed = [warmup(contender.model, sorted(batches), contender.dtype) for contender in contenders]
+    contender, choices = contenders[0], {choice.name: choice for choice in warmed[0]}
     return [
         Kernel(
             pattern=scheme.pattern,

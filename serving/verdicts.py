@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..triton_kernels import dispatch
-from ..triton_kernels.weight import Prepared
+from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .checkpoint import read_json
 from .errors import InputError, RunError
@@ -205,6 +205,10 @@ class DenseForm:
 
         return Prepared("dense", self.reason, run, lambda: tensors, rows)
 
+    def verify(self, module: Any, dtype: torch.dtype, tokens: int, seed: int) -> tuple[bool, str]:
+        """It is the reference's own product."""
+        return True, self.reason
+
 
 @dataclass(frozen=True)
 class Int4Form:
@@ -213,11 +217,19 @@ class Int4Form:
     reason: str
 
     def __call__(self, module: Any, dtype: torch.dtype) -> Prepared:
-        tensors, target = module.stored(), exact_int4(module.scheme)
-        assert target is not None  # `apply` has looked
-        converted = as_int4(module.scheme, tensors, module.shape)
-        chosen = dispatch.prepare(storage.weight_of(target.dense, converted, module.shape, dtype), dtype)
+        tensors = module.stored()
+        chosen = dispatch.prepare(self._weight(module, dtype), dtype)
         return Prepared(chosen.backend, f"{chosen.reason}; {self.reason}", chosen.run, lambda: tensors)
+
+    def verify(self, module: Any, dtype: torch.dtype, tokens: int, seed: int) -> tuple[bool, str]:
+        """Check the int4 kernels, which nothing else in the model may use."""
+        return dispatch.verify(self._weight(module, dtype), dtype, tokens, seed)
+
+    def _weight(self, module: Any, dtype: torch.dtype) -> Weight:
+        target = exact_int4(module.scheme)
+        assert target is not None  # `apply` has looked
+        converted = as_int4(module.scheme, module.stored(), module.shape)
+        return storage.weight_of(target.dense, converted, module.shape, dtype)
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ from halfweight.serving.int4 import as_int4, exact_int4, rounded_int4
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme
 from halfweight.serving.verdicts import Entry, Verdict, Verdicts
-from halfweight.triton_kernels import cost, survey
+from halfweight.triton_kernels import cost, survey, trust
 from test_storage import SCHEMES, K, N, module, packed
 
 CPU = torch.device("cpu")
@@ -172,6 +172,7 @@ def test_an_int4_verdict_runs_the_same_numbers() -> None:
     model = nn.Sequential(module(scheme, packed(scheme)[0])).float()
     linear = model[0]
     assert isinstance(linear, CompressedLinear)
+    trust.forget()
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
     want, tensors = model(x), {name: tensor.clone() for name, tensor in linear.stored().items()}
     verdict = Verdict(op=linear.op, scheme=scheme, shape=(N, K), choice="int4", microseconds={"int4": 1, "sparse": 2})
@@ -181,6 +182,9 @@ def test_an_int4_verdict_runs_the_same_numbers() -> None:
     prepared = linear.implementation()
     assert prepared is not None and prepared.reason == "int4 kernels; verdict: int4, measured 1 us against 2"
     assert (applied.int4, applied.dense) == (1, 0)
+    (choice,) = halfweight.warmup(model, (1, 3), torch.float32)
+    assert (choice.backend, choice.reason) == (prepared.backend, prepared.reason)
+    assert trust.may_run("int4.cpu", CPU, inline_asm=True) == (True, "")  # the kernels that run were the ones checked
     assert_same(linear.stored(), tensors)
 
 
