@@ -114,6 +114,8 @@ def show(result: Speed) -> None:
         )
     _wide().print(rows)
     say(f"dense: {result.dense}; int4: {result.int4}. Ratios: decoding, over the rival's best setting (bold).")
+    if result.unsteady:
+        say(result.unsteady)
     kernels = table("what runs the linears", "linears", "N x K (how many)", "dtype", "runs on", "why", left=5)
     alike: dict[tuple[str, ...], list[str]] = {}
     for kernel in result.kernels:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
+from ..serving.embedding import TiedHead
 from ..serving.int4 import exact_int4
-from ..serving.linear import CompressedWeight
+from ..serving.linear import CompressedLinear, CompressedWeight
 from ..serving.scheme import LinearScheme
 from ..serving.storage import selection_of
 from ..serving.verdicts import Choice, Entry, Verdict, bucket, own_form
@@ -45,13 +46,23 @@ class LayerSpeed(BaseModel):
     reason: str
     evidence: Literal["measured", "modelled"]
 
+    @model_validator(mode="after")
+    def _complete(self) -> LayerSpeed:
+        if missing := {self.own, "dense", self.verdict} - self.times.keys():
+            raise ValueError(f"times lack {', '.join(sorted(missing))}")
+        return self
+
 
 Kind = tuple[str, LinearScheme, tuple[int, int]]
 
 
 def kinds_of(model: Any) -> dict[Kind, list[str]]:
-    """The compressed weights of `model` by kind: names of all that share op, scheme and shape."""
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, CompressedWeight)}
+    """The compressed weights of `model` by kind: names of all that share op, scheme and shape.
+
+    A table that no head shares only looks rows up, which takes no time to speak of, and is left out.
+    """
+    multiplied = CompressedWeight if any(isinstance(m, TiedHead) for m in model.modules()) else CompressedLinear
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, multiplied)}
     kinds: dict[Kind, list[str]] = {}
     for name, module in modules.items():
         if name.rpartition(".")[0] not in modules:  # not half of a branch
@@ -145,7 +156,7 @@ def decide(own: Choice, possible: Mapping[Any, float]) -> tuple[Choice, str]:
 
 
 def entries(layers: list[LayerSpeed], device: str) -> list[Entry]:
-    """Measured verdicts as `verdicts.json` keeps them."""
+    """Measured verdicts as `verdicts.json` keeps them; where several numbers of tokens share a bucket, the first's."""
     grouped: dict[tuple[str, int], dict[Kind, Verdict]] = {}
     for layer in layers:
         verdict = Verdict(
@@ -156,7 +167,7 @@ def entries(layers: list[LayerSpeed], device: str) -> list[Entry]:
             microseconds={form: spread.median for form, spread in layer.times.items()},
         )
         kind = (layer.op, layer.scheme, layer.shape)
-        grouped.setdefault((layer.dtype, bucket(layer.tokens)), {})[kind] = verdict
+        grouped.setdefault((layer.dtype, bucket(layer.tokens)), {}).setdefault(kind, verdict)
     return [
         Entry(device=device, dtype=dtype, tokens=tokens, linears=list(found.values()))
         for (dtype, tokens), found in grouped.items()

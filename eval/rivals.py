@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..serving import storage
 from ..serving.checkpoint import Checkpoint
-from ..serving.embedding import CompressedEmbedding
+from ..serving.embedding import CompressedEmbedding, TiedHead
+from ..serving.errors import InputError
 from ..serving.int4 import as_int4, exact_int4, rounded_int4
-from ..serving.linear import CompressedLinear, SelectingLinear, expand_linears
+from ..serving.linear import CompressedLinear, CompressedWeight, SelectingLinear, expand_linears
 from ..serving.load import load
 from ..serving.scheme import IntegerScheme
 from ..serving.verdicts import use_dense
@@ -66,23 +67,40 @@ def int4(folder: Path, device: torch.device, dtype: torch.dtype) -> Contender | 
 
 def contender(name: str, model: Any, dtype: torch.dtype) -> Contender:
     """Count the bytes of `model`'s tensors; an embedding that no head shares is not read by a decode step."""
-    sizes: dict[int, int] = {}
-    table = model.get_input_embeddings()
-    for module in model.modules():
-        if isinstance(module, CompressedEmbedding) and module.form is not None:
-            sizes[id(module)] = module.shape[0] * module.shape[1] * dtype.itemsize
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            sizes[id(tensor)] = tensor.numel() * tensor.element_size()
-    head = model.get_output_embeddings()
-    shared = isinstance(table, CompressedEmbedding) or getattr(head, "weight", None) is table.weight
-    looked_up = 0 if shared else sum(t.numel() * t.element_size() for t in table.parameters(recurse=False))
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    seen: set[int] = set()
+    sizes = {module: _own_bytes(module, dtype, seen) for module in model.modules()}
+    shared = isinstance(head, TiedHead) or getattr(head, "weight", None) is getattr(table, "weight", table)
     total = sum(sizes.values())
-    return Contender(name, model, dtype, total, total - looked_up)
+    return Contender(name, model, dtype, total, total - (0 if shared else sizes[table]))
+
+
+def _own_bytes(module: nn.Module, dtype: torch.dtype, seen: set[int]) -> int:
+    """Bytes of a module's own tensors in the form that runs, those in `seen` left out; they are added to it."""
+    if isinstance(module, CompressedWeight) and module.form is not None:
+        return module.shape[0] * module.shape[1] * dtype.itemsize
+    total = 0
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept_as = _kept_as(module, name, tensor)
+            total += tensor.numel() * kept_as.itemsize
+    return total
+
+
+def _kept_as(module: nn.Module, name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype of a tensor while it runs: the CPU's 2:4 layout keeps fp32 values that are bf16 numbers as bf16."""
+    narrows = isinstance(module, CompressedWeight) and module.op == "two_four" and name == "values"
+    if narrows and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+        return torch.bfloat16 if bool((tensor.bfloat16() == tensor).all()) else torch.float32
+    return tensor.dtype
 
 
 def linear_calls(model: Any, names: list[str]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """How to run the linears `names` of `model` and a compressed table's logits, by name, in the model's order."""
+    """How to run the linears `names` of `model` and a compressed table's logits, by name, in the model's order.
+
+    Raises InputError when the model lacks one, which makes it another model's dense checkpoint.
+    """
     wanted = set(names)
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, module in model.named_modules():
@@ -94,6 +112,10 @@ def linear_calls(model: Any, names: list[str]) -> dict[str, Callable[[Tensor], T
             calls[name] = _product(module.weight)
         else:
             calls[name] = module
+    if missing := [name for name in names if name not in calls]:
+        raise InputError(
+            f"--dense: has no {missing[0]}, which the artifact compressed; name the model it was made from"
+        )
     return calls
 
 
@@ -113,11 +135,13 @@ def _to_int4(model: Any, name: str, dtype: torch.dtype) -> bool:
     else:
         target, weight = None, module.weight.detach()
     if target is None:
-        target = IntegerScheme(bits=4, group_size=INT4_GROUP, symmetric=True)
+        target = IntegerScheme(bits=4, group_size=min(INT4_GROUP, module.in_features // 2 * 2), symmetric=True)
     replacement = CompressedLinear(
         target.dense, module.in_features, module.out_features, module.bias is not None, device="meta", dtype=dtype
     )
-    tensors = as_int4(scheme, module.stored(), module.shape) if weight is None else rounded_int4(weight, INT4_GROUP)
+    tensors = (
+        as_int4(scheme, module.stored(), module.shape) if weight is None else rounded_int4(weight, target.group_size)
+    )
     for key in storage.weight_specs(target.dense, replacement.shape):
         setattr(replacement, key, tensors[key])
     if module.bias is not None:

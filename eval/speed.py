@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ..serving import verdicts
 from ..serving.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from .rivals import Contender
 from .timing import Spread, generation_seconds, memory_growth
 
 LAYER_ROUNDS = 5
+STEADY = 1.3  # decode rates of one setting's rounds, fastest over slowest
 
 
 class ModelSpeed(BaseModel):
@@ -70,10 +71,20 @@ class Speed(BaseModel):
     prompt: int
     new: int
     rounds: int
-    models: list[ModelSpeed]
+    models: list[ModelSpeed] = Field(min_length=1)
     kernels: list[Kernel]
     layers: list[LayerSpeed]
     versions: dict[str, str]
+
+    @property
+    def unsteady(self) -> str:
+        """A warning when some setting's rounds differ so much that other work must have had the machine; else empty."""
+        widest = max(row.decode.high / max(row.decode.low, 1e-9) for row in self.models)
+        if widest <= STEADY:
+            return ""
+        return (
+            f"Rounds of one setting differ by up to {widest:.1f}x: the machine was busy; measure again when it is not."
+        )
 
 
 def bench(
@@ -117,7 +128,7 @@ def bench(
     before = torch.get_num_threads()
     try:
         contenders = {dtype: _contenders(folder, dense_folder, where, dtype) for dtype in resolved}
-        kernels = [kernel for dtype in resolved for kernel in _kernels(contenders[dtype][0], batches)]
+        kernels = [kernel for dtype in resolved for kernel in _kernels(contenders[dtype], batches)]
         vocabulary = int(config.get_text_config().vocab_size)
         everyone = [contender for found in contenders.values() for contender in found]
         models = _models(everyone, batches, counts, prompt, new, rounds, vocabulary, seed, progress)
@@ -175,9 +186,11 @@ def _contenders(folder: Path, dense: Path | None, device: torch.device, dtype: t
     return found if int4 is None else [*found, int4]
 
 
-def _kernels(contender: Contender, batches: Sequence[int]) -> list[Kernel]:
-    """Check and choose what runs the artifact, and list it by kind."""
-    choices = {choice.name: choice for choice in warmup(contender.model, sorted(batches), contender.dtype)}
+def _kernels(contenders: Sequence[Contender], batches: Sequence[int]) -> list[Kernel]:
+    """Check and choose what runs every contender, and list the artifact's choices by kind."""
+    # The rivals are warmed up too: their best kernels may have to pass their check first.
+    warmed = [warmup(contender.model, sorted(batches), contender.dtype) for contender in contenders]
+    contender, choices = contenders[0], {choice.name: choice for choice in warmed[0]}
     return [
         Kernel(
             pattern=scheme.pattern,

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 
 class Spread(BaseModel):
     """Repeated measurements of one thing: the median, the extremes, and how many there were."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     median: float
     low: float

@@ -21,7 +21,7 @@ from halfweight.eval.report.charts import Point
 from halfweight.eval.report.facts import Run, Scored, parse
 from halfweight.eval.report.page import escape_markdown
 from halfweight.eval.report.parts import duration, size
-from halfweight.eval.report.speed_section import best_settings
+from halfweight.eval.report.speed_section import smallest_batch
 from halfweight.eval.speed import Speed
 from halfweight.serving.errors import HalfweightError, InputError
 
@@ -72,7 +72,7 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
         "effective_bits_model": run.effective_bits_model,
         "bytes": run.bytes,
         "dev": run.dev.model_dump(),
-        "worst_error": max(layer.error for layer in run.layers),
+        "worst_error": max((layer.error for layer in run.layers), default=0.0),
         "seconds": run.seconds,
         "peak_rss_gb": run.peak_rss_gb,
         "calibration": {"data": Path(run.calibration_data).name, "tokens": run.calibration_tokens, "seed": run.seed},
@@ -80,12 +80,11 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
     }
     if scored is not None:
         row["test"] = {**scored.model_dump(exclude={"model"}), "text": Path(scored.text).name}
-    if speed is not None:
-        batch = min(model.batch for model in speed.models)
-        best = best_settings(speed)["compressed", batch]
+    best = smallest_batch(speed)
+    if speed is not None and best is not None:
         row["speed"] = {
             "device": speed.device,
-            "batch": batch,
+            "batch": best.batch,
             "dtype": best.dtype,
             "threads": best.threads,
             "decode_tokens_per_second": best.decode.median,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ Backend = Literal["auto", "triton", "cpu", "reference"]
 # Held while a module's weights change their form, which is rare; a lock per module could not be copied with it.
 # A form made of a linear and its branch asks for the branch's weights meanwhile.
 _CHANGING = threading.RLock()
+
+
+class Form(Protocol):
+    """What a module becomes instead of dispatch's choice: called in `prepare`, and checked in `verify` as that says."""
+
+    def __call__(self, module: Any, dtype: torch.dtype) -> Prepared: ...
+
+    def verify(self, module: Any, dtype: torch.dtype, tokens: int, seed: int) -> tuple[bool, str]: ...
 
 
 class CompressedWeight(nn.Module):
@@ -50,8 +58,7 @@ class CompressedWeight(nn.Module):
             self.register_buffer(name, torch.zeros(spec.shape, device=device, dtype=spec.dtype or dtype))
         self._prepared: Prepared | None = None
         self.backend: Backend = "auto"
-        # What to prepare instead of dispatch's choice: a speed verdict, see verdicts.py.
-        self.form: Callable[[Any, torch.dtype], Prepared] | None = None
+        self.form: Form | None = None  # what a speed verdict asks for, see verdicts.py
 
     @property
     def op(self) -> str:
@@ -90,6 +97,8 @@ class CompressedWeight(nn.Module):
     def verify(self, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple[bool, str]:
         """Compare the implementation for `dtype` with the reference on random inputs; see `dispatch.verify`."""
         self._restore()
+        if self.form is not None:
+            return self.form.verify(self, dtype, tokens, seed)
         return dispatch.verify(self._weight(), dtype, tokens, seed)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:

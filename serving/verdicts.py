@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..triton_kernels import dispatch
 from ..triton_kernels.input_select import reference as select_reference
-from ..triton_kernels.weight import Prepared
+from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .checkpoint import read_json
 from .errors import InputError, RunError
@@ -94,7 +94,8 @@ def device_name(device: torch.device) -> str:
     """What verdicts know a device by: a GPU's name, or the processor and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{_processor()}, {count} thread{'' if count == 1 else 's'}"
 
 
 def own_form(scheme: LinearScheme) -> Choice:
@@ -211,6 +212,10 @@ class DenseForm:
 
         return Prepared("dense", self.reason, run, lambda: tensors, rows, None if selection is None else run_all)
 
+    def verify(self, module: Any, dtype: torch.dtype, tokens: int, seed: int) -> tuple[bool, str]:
+        """It is the reference's own product."""
+        return True, self.reason
+
 
 @dataclass(frozen=True)
 class Int4Form:
@@ -219,11 +224,19 @@ class Int4Form:
     reason: str
 
     def __call__(self, module: Any, dtype: torch.dtype) -> Prepared:
-        tensors, target = module.stored(), exact_int4(module.scheme)
-        assert target is not None  # `apply` has looked
-        converted = as_int4(module.scheme, tensors, module.shape)
-        chosen = dispatch.prepare(storage.weight_of(target.dense, converted, module.shape, dtype), dtype)
+        tensors = module.stored()
+        chosen = dispatch.prepare(self._weight(module, dtype), dtype)
         return Prepared(chosen.backend, f"{chosen.reason}; {self.reason}", chosen.run, lambda: tensors)
+
+    def verify(self, module: Any, dtype: torch.dtype, tokens: int, seed: int) -> tuple[bool, str]:
+        """Check the int4 kernels, which nothing else in the model may use."""
+        return dispatch.verify(self._weight(module, dtype), dtype, tokens, seed)
+
+    def _weight(self, module: Any, dtype: torch.dtype) -> Weight:
+        target = exact_int4(module.scheme)
+        assert target is not None  # `apply` has looked
+        converted = as_int4(module.scheme, module.stored(), module.shape)
+        return storage.weight_of(target.dense, converted, module.shape, dtype)
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from halfweight.serving.int4 import as_int4, exact_int4, rounded_int4
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme
 from halfweight.serving.verdicts import Entry, Verdict, Verdicts
-from halfweight.triton_kernels import cost, survey
+from halfweight.triton_kernels import cost, survey, trust
 from test_storage import SCHEMES, K, N, module, packed
 
 CPU = torch.device("cpu")
@@ -171,6 +172,7 @@ def test_an_int4_verdict_runs_the_same_numbers() -> None:
     model = nn.Sequential(module(scheme, packed(scheme)[0])).float()
     linear = model[0]
     assert isinstance(linear, CompressedLinear)
+    trust.forget()
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
     want, tensors = model(x), {name: tensor.clone() for name, tensor in linear.stored().items()}
     verdict = Verdict(op=linear.op, scheme=scheme, shape=(N, K), choice="int4", microseconds={"int4": 1, "sparse": 2})
@@ -180,6 +182,9 @@ def test_an_int4_verdict_runs_the_same_numbers() -> None:
     prepared = linear.implementation()
     assert prepared is not None and prepared.reason == "int4 kernels; verdict: int4, measured 1 us against 2"
     assert (applied.int4, applied.dense) == (1, 0)
+    (choice,) = halfweight.warmup(model, (1, 3), torch.float32)
+    assert (choice.backend, choice.reason) == (prepared.backend, prepared.reason)
+    assert trust.may_run("int4.cpu", CPU, inline_asm=True) == (True, "")  # the kernels that run were the ones checked
     assert_same(linear.stored(), tensors)
 
 
@@ -226,6 +231,15 @@ def test_bench_times_the_artifact_beside_its_rivals(artifact: Path, llama: Path)
     assert not any(layer.int4_exact for layer in result.layers)
 
 
+def test_rounds_that_differ_much_are_said_to(artifact: Path) -> None:
+    result = small_bench(artifact)
+    steady, wide = (Spread(median=10, low=low, high=11, count=3) for low in (9.0, 2.0))
+    rows = [row.model_copy(update={"decode": steady}) for row in result.models]
+    assert result.model_copy(update={"models": rows}).unsteady == ""
+    rows[0] = rows[0].model_copy(update={"decode": wide})
+    assert "differ by up to 5.5x" in result.model_copy(update={"models": rows}).unsteady
+
+
 def test_without_a_dense_model_the_rival_has_the_same_weights(artifact: Path) -> None:
     from halfweight.eval import rivals
 
@@ -233,6 +247,41 @@ def test_without_a_dense_model_the_rival_has_the_same_weights(artifact: Path) ->
     expanded = rivals.dense(artifact, None, CPU, torch.float32)
     torch.testing.assert_close(expanded.model(IDS).logits, own.model(IDS).logits)
     assert not any(isinstance(m, CompressedLinear) for m in expanded.model.modules())
+
+
+def test_a_tied_table_is_timed_as_the_head_that_it_is(
+    make_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    dense = make_model("llama", tie_word_embeddings=True)
+    settings = {"calibration": {"data": str(text_file), "samples": 2, "seqlen": 32}, "embeddings": {"bits": 8}}
+    recipe = {"name": "tied", **settings, "stages": [{"pass": "rtn", "bits": 4, "group_size": 32}]}
+    out = tmp_path / "tied"
+    halfweight.compress_checkpoint(dense, halfweight.Recipe.parse(recipe), out)
+    result = small_bench(out, dense)
+    assert result.int4 == "the artifact is dense int4 itself"
+    assert {row.model for row in result.models} == {"compressed", "dense"}
+    table = next(layer for layer in result.layers if layer.op == "tied")
+    assert (table.own, table.shape, table.example) == ("int8", (64, 32), "model.embed_tokens")
+    assert set(table.times) == {"int8", "dense"}
+    verdicts.write(out, [entry_for(out, "dense")])
+    torch.testing.assert_close(halfweight.load(out)(IDS).logits, halfweight.load(out, verdicts=False)(IDS).logits)
+
+
+def test_bytes_are_those_of_the_form_that_runs(artifact: Path) -> None:
+    from halfweight.eval import rivals
+
+    dense, stored = (rivals.compressed(artifact, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    numbers = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)  # of the linears
+    others = 2 * 64 * 32 + 5 * 32  # embedding, head and norms
+    buffers = sum(b.numel() * 4 for n, b in dense.model.named_buffers() if "inv_freq" in n)
+    assert dense.weights == numbers * 9 // 8 + 4 * others + buffers  # 2:4 values that are bf16 numbers stay so
+    assert stored.weights == numbers * 9 // 8 + 2 * others + buffers
+    assert dense.weights - dense.read == 64 * 32 * 4
+
+
+def test_another_dense_model_is_refused(artifact: Path, make_model: Callable[..., Path]) -> None:
+    with pytest.raises(halfweight.InputError, match="name the model it was made from"):
+        small_bench(artifact, make_model("gpt_neox"))
 
 
 def test_modelled_verdicts_say_so(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

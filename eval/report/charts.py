@@ -195,11 +195,11 @@ def _titles(x_title: str, y_title: str, right: float, bottom: float) -> Markup:
 
 def _legend(series: Mapping[int, str]) -> Markup:
     """Colour keys at the top right: number of the colour -> name."""
-    parts, x = [], WIDTH - 8 - sum(22 + _LETTER * len(name) for name in series.values())
+    parts, x = [], WIDTH - 8 - sum(28 + _LETTER * len(name) for name in series.values())
     key = Markup('<rect class="mark s{}" x="{:.1f}" y="5" width="10" height="10" rx="2"/>')
     for number, name in series.items():
         parts += [key.format(number, x), _text(x + 14, 14, name, "label")]
-        x += 22 + _LETTER * len(name)
+        x += 28 + _LETTER * len(name)
     return Markup("").join(parts)
 
 

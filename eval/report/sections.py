@@ -9,27 +9,25 @@ from . import charts
 from .charts import Point
 from .facts import Artifact, by_block, comparable
 from .parts import Figure, Section, Sources, Table, Tile, duration, size
-from .speed_section import best_settings
+from .speed_section import smallest_batch
 
 _UNIFORM = 0.005  # what varies less is said in words
+_MOST_KINDS = 24  # rows of a heat map
 
 
 def tiles(sources: Sources) -> list[Tile]:
     """The numbers at the top."""
-    run, speed = sources.artifact.run, sources.artifact.speed
+    run, best = sources.artifact.run, smallest_batch(sources.artifact.speed)
+    whole = f"{run.effective_bits_model:.2f} in the whole model"
     found = [
-        Tile(
-            f"{run.effective_bits:.2f}", "bits per decoder weight", f"{run.effective_bits_model:.2f} in the whole model"
-        ),
+        Tile(f"{run.effective_bits:.2f}", "bits per decoder weight", whole),
         Tile(f"{run.dev.compressed:.2f}", "dev perplexity", f"dense {run.dev.dense:.2f}"),
         Tile(size(run.bytes), "on disk"),
     ]
-    best = None if speed is None else best_settings(speed).get(("compressed", min(row.batch for row in speed.models)))
     if best is not None and best.ratio_to_dense is not None:
         against = "" if best.ratio_to_int4 is None else f", {best.ratio_to_int4:.2f}x int4"
-        found.append(
-            Tile(f"{best.ratio_to_dense:.2f}x", "decoding speed of dense", f"measured at batch {best.batch}{against}")
-        )
+        speed = f"{best.ratio_to_dense:.2f}x"
+        found.append(Tile(speed, "dense's decoding speed", f"measured at batch {best.batch}{against}"))
     worst = max(run.layers, key=lambda layer: layer.error, default=None)
     if worst is not None:
         found.append(Tile(f"{worst.error:.3f}", "largest layer error", worst.name))
@@ -39,40 +37,35 @@ def tiles(sources: Sources) -> list[Tile]:
 def headline(sources: Sources) -> Section:
     """The artifact beside those it is compared with."""
     own = sources.artifact
-    alike = [own, *sources.others]
-    rows = [
-        [
-            "dense",
-            "-",
-            "16.00",
-            "-",
-            f"{own.run.dev.dense:.3f}",
-            "1.000",
-            "-",
-            "-",
-        ]
-    ]
-    for artifact in alike:
-        run = artifact.run
-        fits = comparable(run, own.run)
+    rows = [["dense", "-", "16.00", "-", f"{own.run.dev.dense:.3f}", "1.000", "-", "-", "-"]]
+    for artifact in (own, *sources.others):
+        run, best = artifact.run, smallest_batch(artifact.speed)
         rows.append(
             [
                 artifact.name,
                 run.recipe,
                 f"{run.effective_bits:.2f}",
                 size(run.bytes),
-                f"{run.dev.compressed:.3f}" + ("" if fits else " *"),
+                f"{run.dev.compressed:.3f}" + ("" if comparable(run, own.run) else " *"),
                 f"{run.dev.compressed / run.dev.dense:.3f}",
+                "-" if best is None or best.ratio_to_dense is None else f"{best.ratio_to_dense:.2f}x",
                 duration(run.seconds),
                 f"{run.peak_rss_gb:.2f} GB",
             ]
         )
-    headers = ("", "recipe", "bits", "on disk", "dev perplexity", "over dense", "time", "peak memory")
-    note = [run.note] if (run := own.run).note else []
+    headers = ("", "recipe", "bits", "on disk", "dev perplexity", "over dense", "decoding", "time", "peak memory")
+    note = [f"Note: {own.run.note}."] if own.run.note else []
     others = [artifact.name for artifact in sources.others if not comparable(artifact.run, own.run)]
     if others:
         note.append(f"* measured on another model or text, so the numbers do not compare: {', '.join(others)}.")
-    scores = [
+    tables = [Table("", headers, rows, left=2, strong=1)]
+    if sources.scored:
+        tables.append(_scores(sources))
+    return Section("At a glance", note, (), tables)
+
+
+def _scores(sources: Sources) -> Table:
+    rows = [
         [
             score.model,
             score.text,
@@ -82,12 +75,7 @@ def headline(sources: Sources) -> Section:
         ]
         for score in sources.scored
     ]
-    tables = [Table("", headers, rows, left=2, strong=1)]
-    if scores:
-        tables.append(
-            Table("Evaluated", ("model", "text", "perplexity ± standard error", "tokens", "window"), scores, 2)
-        )
-    return Section("At a glance", note, (), tables)
+    return Table("Evaluated", ("model", "text", "perplexity ± standard error", "tokens", "window"), rows, 2)
 
 
 def quality(sources: Sources) -> Section | None:
@@ -142,19 +130,23 @@ def layers(sources: Sources) -> Section:
     spots = {layer.name: spot for layer in held if (spot := place(layer.name)) is not None}
     figures, text = [], []
     errors = {spots[layer.name]: layer.error for layer in run.layers if layer.name in spots}
-    if errors:
+    mapped = len(names) <= _MOST_KINDS
+    if not mapped:
+        text.append(f"{len(names)} kinds of linears are too many for a map; the tables have them all.")
+    if errors and mapped:
         svg = charts.heat_map(names, blocks, errors, "relative output error", log=True)
         figures.append(
             Figure(
-                svg, "Share of each linear's output energy that compression lost, on held-out inputs. Darker is worse."
+                svg,
+                "Share of each linear's output energy that compression lost, on held-out inputs; the scale is below.",
             )
         )
     density = {spots[layer.name]: layer.density for layer in held if layer.name in spots}
     spread = max(density.values(), default=0.0) - min(density.values(), default=0.0)
-    if spread > _UNIFORM:
+    if spread > _UNIFORM and mapped:
         svg = charts.heat_map(names, blocks, density, "share of non-zero weights")
         figures.append(Figure(svg, "Weights left in each linear, counted in the stored tensors."))
-    elif density:
+    elif density and spread <= _UNIFORM:
         average = sources.artifact.run.effective_bits
         text.append(
             f"Every decoder linear keeps {100 * median(density.values()):.1f} % of its weights, counted in the stored"

@@ -31,12 +31,15 @@ def speed(sources: Sources) -> Section | None:
         }
         svg = charts.bars(groups, names, values, f"{rate}, tokens/s")
         figures.append(Figure(svg, f"Measured on {found.device}, each model in the setting where it decodes fastest."))
+    text = [
+        f"Dense: {found.dense}. Int4: {found.int4}. {found.prompt} tokens of prompt, {found.new} decoded, medians of"
+        f" {found.rounds} rounds in which all settings took turns."
+    ]
+    if found.unsteady:
+        text.append(found.unsteady)
     return Section(
         "Speed",
-        [
-            f"Dense: {found.dense}. Int4: {found.int4}. {found.prompt} tokens of prompt, {found.new} decoded, medians"
-            f" of {found.rounds} rounds in which all settings took turns."
-        ],
+        text,
         figures,
         [_model_table(found, best), _kernel_table(found), _verdict_table(found.layers)],
     )
@@ -52,6 +55,14 @@ def best_settings(found: Speed) -> dict[tuple[str, int], ModelSpeed]:
     return best
 
 
+def smallest_batch(found: Speed | None) -> ModelSpeed | None:
+    """The artifact's fastest setting at the smallest batch, where it was measured."""
+    if found is None:
+        return None
+    rows = [row for row in best_settings(found).values() if row.model == MODELS[0]]
+    return min(rows, key=lambda row: row.batch, default=None)
+
+
 def _model_table(found: Speed, best: dict[tuple[str, int], ModelSpeed]) -> Table:
     rows = []
     for row in found.models:
@@ -59,7 +70,7 @@ def _model_table(found: Speed, best: dict[tuple[str, int], ModelSpeed]) -> Table
         rows.append(
             [
                 row.model + (" (fastest)" if fastest else ""),
-                row.dtype + ("" if row.threads is None else f", {row.threads} threads"),
+                row.dtype + ("" if row.threads is None else f", threads: {row.threads}"),
                 str(row.batch),
                 f"{row.prefill.median:.0f}",
                 f"{row.decode.median:.1f} ({row.decode.low:.1f}-{row.decode.high:.1f})",
@@ -109,13 +120,13 @@ def _verdict_table(found: Sequence[LayerSpeed]) -> Table:
                 f"{layer.pattern} {layer.numbers}",
                 f"{layer.shape[0]} x {layer.shape[1]} ({layer.count})",
                 layer.dtype,
+                layer.verdict,
+                f"{layer.reason} [{layer.evidence}]",
                 str(layer.tokens),
                 f"{layer.times[layer.own].median:.0f}",
                 shown if layer.int4_exact or shown == "-" else f"({shown})",
                 f"{layer.times['dense'].median:.0f}",
-                layer.verdict,
-                f"{layer.reason} [{layer.evidence}]",
             ]
         )
-    headers = ("linear", "N x K (count)", "dtype", "tokens", "stored us", "int4 us", "dense us", "verdict", "why")
-    return Table("Verdict on every kind of linear", headers, rows, left=3, folded=True)
+    headers = ("linear", "N x K (count)", "dtype", "verdict", "why", "tokens", "stored us", "int4 us", "dense us")
+    return Table("Verdict on every kind of linear", headers, rows, left=5, folded=True)
