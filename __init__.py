@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from .compress.plan import plan
     from .compress.recipe import Recipe
     from .compress.report import CompressionReport
+    from .compress.sparsity_sweep import sweep
+    from .eval.compare import compare
     from .eval.perplexity import evaluate
+    from .eval.tasks import evaluate_tasks
     from .serving.errors import HalfweightError, InputError, RunError
     from .serving.inspect import inspect_checkpoint
     from .serving.load import load, load_tokenizer
@@ -32,14 +35,17 @@ __all__ = [
     "InputError",
     "Recipe",
     "RunError",
+    "compare",
     "compress_checkpoint",
     "evaluate",
+    "evaluate_tasks",
     "explain",
     "inspect_checkpoint",
     "load",
     "load_tokenizer",
     "plan",
     "resolve_model",
+    "sweep",
     "warmup",
 ]
 
@@ -49,14 +55,17 @@ _HOME = {
     "InputError": "serving.errors",
     "Recipe": "compress.recipe",
     "RunError": "serving.errors",
+    "compare": "eval.compare",
     "compress_checkpoint": "compress.driver",
     "evaluate": "eval.perplexity",
+    "evaluate_tasks": "eval.tasks",
     "explain": "serving.warmup",
     "inspect_checkpoint": "serving.inspect",
     "load": "serving.load",
     "load_tokenizer": "serving.load",
     "plan": "compress.plan",
     "resolve_model": "serving.sources",
+    "sweep": "compress.sparsity_sweep",
     "warmup": "serving.warmup",
 }
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .compare import compare
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
@@ -15,6 +16,7 @@ from .inspect import inspect
 from .kernels import kernels
 from .plan import plan
 from .recipes import recipes
+from .sweep import sweep
 
 app = typer.Typer(
     name="halfweight",
@@ -45,6 +47,8 @@ app.command()(demo)
 app.command()(plan)
 app.command()(compress)
 app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(sweep)
 app.command()(inspect)
 app.command()(generate)
 app.command()(recipes)

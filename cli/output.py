@@ -26,6 +26,7 @@ _STAGES = {
     "embed": "embed",
     "blocks": "compress",
     "verify": "reload and verify",
+    "sweep": "prune",
     "eval": "evaluate",
 }
 
