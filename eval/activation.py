@@ -121,7 +121,7 @@ def activation_profile(
 
 def ffn_outputs(model: Any) -> dict[str, nn.Module]:
     """The model's FFN output linears by name, dense or compressed; raises InputError when it has none known."""
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in FFN_OUTPUTS and isinstance(module, (nn.Linear, CompressedLinear))

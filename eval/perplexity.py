@@ -50,10 +50,11 @@ def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
 
 def window_losses(model: Any, window: Tensor) -> Tensor:
     """Next-token cross entropy `[T - 1]` (nats, fp32) of `model` on token ids `window` `[T]`."""
-    losses, targets = [], window[1:].to(model.device)
+    losses: list[Tensor] = []
+    targets, done = window[1:].to(model.device), 0
     for logits in logit_chunks(model, window, decode(model, window)):
-        done = sum(map(len, losses))
         losses.append(torch.nn.functional.cross_entropy(logits, targets[done : done + len(logits)], reduction="none"))
+        done += len(logits)
     return torch.cat(losses)
 
 

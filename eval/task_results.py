@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -137,11 +138,10 @@ def _calibration(samples: Sequence[Mapping[str, Any]]) -> ChoiceCalibration | No
         hits.append(bool(sample["acc"]))
     if not hits:
         return None
-    confidence, correct = torch.tensor(confidences), torch.tensor(hits)
     return ChoiceCalibration(
-        error=calibration_error(confidence, correct),
-        mean_confidence=float(confidence.mean()),
-        accuracy=float(correct.float().mean()),
+        error=calibration_error(torch.tensor(confidences), torch.tensor(hits)),
+        mean_confidence=fmean(confidences),
+        accuracy=fmean(hits),
     )
 
 
