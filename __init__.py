@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from .compress.plan import plan
     from .compress.recipe import Recipe
     from .compress.report import CompressionReport
+    from .compress.sparsity_sweep import sweep
+    from .eval.compare import compare
     from .eval.perplexity import evaluate
+    from .eval.tasks import evaluate_tasks
     from .serving.errors import HalfweightError, InputError, RunError
     from .serving.inspect import inspect_checkpoint
     from .serving.load import load, load_tokenizer
@@ -37,8 +40,10 @@ __all__ = [
     "Recipe",
     "RunError",
     "apply_delta",
+    "compare",
     "compress_checkpoint",
     "evaluate",
+    "evaluate_tasks",
     "explain",
     "export_checkpoint",
     "inspect_checkpoint",
@@ -48,6 +53,7 @@ __all__ = [
     "make_delta",
     "plan",
     "resolve_model",
+    "sweep",
     "warmup",
 ]
 
@@ -59,8 +65,10 @@ _HOME = {
     "Recipe": "compress.recipe",
     "RunError": "serving.errors",
     "apply_delta": "compress.export.delta",
+    "compare": "eval.compare",
     "compress_checkpoint": "compress.driver",
     "evaluate": "eval.perplexity",
+    "evaluate_tasks": "eval.tasks",
     "explain": "serving.warmup",
     "export_checkpoint": "compress.export.job",
     "inspect_checkpoint": "serving.inspect",
@@ -70,6 +78,7 @@ _HOME = {
     "make_delta": "compress.export.delta",
     "plan": "compress.plan",
     "resolve_model": "serving.sources",
+    "sweep": "compress.sparsity_sweep",
     "warmup": "serving.warmup",
 }
 

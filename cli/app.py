@@ -8,6 +8,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .compare import compare
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
@@ -18,6 +19,7 @@ from .kernels import kernels
 from .plan import plan
 from .recipes import recipes
 from .report import report
+from .sweep import sweep
 
 app = typer.Typer(
     name="halfweight",
@@ -50,6 +52,8 @@ app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(compare)
+app.command()(sweep)
 app.command()(inspect)
 app.command()(generate)
 app.command()(export)

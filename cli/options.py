@@ -48,3 +48,28 @@ BlockEpochs = Annotated[
 EndToEndEpochs = Annotated[
     int | None, typer.Option("--end-to-end-epochs", min=1, help="Passes over them end to end; overrides the recipe.")
 ]
+
+
+def names(text: str, option: str) -> list[str]:
+    """The parts of a comma-separated option; raises InputError when there is none, or one twice."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) < len(parts):
+        raise InputError(f"{option} {text!r}: give different names, separated by commas")
+    return parts
+
+
+def batch_size(text: str) -> int | str:
+    """`auto` or a positive number; raises InputError for anything else."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size {text!r}: give a positive number or auto")
+    return int(text)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers of a comma-separated option; raises InputError for anything else."""
+    try:
+        return [float(part) for part in names(text, option)]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give numbers, separated by commas") from None

@@ -27,6 +27,7 @@ _STAGES = {
     "blocks": "compress",
     "end_to_end": "tune",
     "verify": "reload and verify",
+    "sweep": "prune",
     "eval": "evaluate",
     "export": "export",
     "delta": "compare",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
+from ..serving.durable import write_text
 from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
 from ..serving.linear import SelectingLinear, expand_linears
@@ -147,7 +148,7 @@ def compress_checkpoint(
         tuning=run.tuned,
         versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
     )
-    writer.write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
     writer.publish(partial, out)
     for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
         (out / name).unlink()
@@ -437,6 +438,6 @@ def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe
     writer.write_shards({**kept, **packed}, partial, writer.SHARD_BYTES)
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.to_json()}
     config.pop("transformers_weights", None)
-    writer.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    writer.write_text(partial / "recipe.yaml", recipe.to_yaml())
+    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(partial / "recipe.yaml", recipe.to_yaml())
     writer.copy_companions(walker.checkpoint.path, partial)

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..serving.checkpoint import Checkpoint
+from ..serving.durable import disk_errors, write_text
 from ..serving.errors import InputError
-from .writer import JOURNAL, disk_errors, write_text
+from .writer import JOURNAL
 
 
 class Journal:
@@ -97,10 +98,7 @@ def tokens_hash(windows: Iterable[Tensor]) -> str:
 def fingerprint(checkpoint: Checkpoint, windows: Iterable[Tensor], *settings: str) -> str:
     """Hash over the model (config, tensor headers, shard sizes and times), the token windows and further settings."""
     digest = hashlib.sha256()
-    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name, info in sorted(checkpoint.tensors.items()):
-        stat = info.file.stat()
-        digest.update(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest.update(checkpoint.stamp().encode())
     for setting in (tokens_hash(windows), *settings):
         digest.update(setting.encode() + b"\0")
     return digest.hexdigest()

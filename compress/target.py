@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..serving.durable import disk_errors, write_text
 from ..serving.errors import InputError, RunError
 from . import writer
 from .driver import compress_checkpoint
@@ -89,7 +90,7 @@ def compress_to_target(
         )
     report = CompressionReport.model_validate_json((best / "report.json").read_text(encoding="utf-8"))
     report = report.model_copy(update={"out": str(out)})
-    writer.write_text(best / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_text(best / "report.json", report.model_dump_json(indent=2) + "\n")
     writer.publish(best, out)
     shutil.rmtree(folder)
     progress(Progress("target", trials, trials))
@@ -125,9 +126,9 @@ def _open(folder: Path, settings: dict[str, Any], fresh: bool) -> None:
         raise InputError(
             f"{folder}: holds trials of another model, recipe, target or options; pass --fresh to drop them"
         )
-    with writer.disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        writer.write_text(file, text)
+        write_text(file, text)
 
 
 def _finished(place: Path, removed: float) -> Trial | None:

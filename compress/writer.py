@@ -7,20 +7,18 @@ folder is renamed to `DIR`.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..serving.checkpoint import DTYPES, WEIGHTS_STEM, TensorInfo, read_header
+from ..serving.durable import commit, disk_errors, sync_folder
 from ..serving.errors import InputError, RunError
 from ..serving.transformers_plugin import write_index
 
@@ -43,25 +41,6 @@ JOURNAL = "journal.jsonl"
 SHARD_BYTES = 2 * 2**30
 _PART_BYTES = 2**28
 _COPY_BYTES = 2**24
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write below into one RunError line that names `path`, the reason and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            s in str(error) for s in ("os error 28", "os error 27")
-        )
-        advice = (
-            "free some space and run the same command again; it resumes" if full else "check the folder's permissions"
-        )
-        reason = (
-            "the disk is full or a size limit is reached" if full else (getattr(error, "strerror", None) or str(error))
-        )
-        raise RunError(f"cannot write {path}: {reason}; {advice}") from None
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
@@ -129,32 +108,6 @@ def write_part(file: Path, tensors: dict[str, Tensor], notes: Mapping[str, str] 
 def read_part(file: Path) -> dict[str, Tensor]:
     """The tensors of a part this run wrote earlier."""
     return load_file(file)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write `text` to `file` atomically and durably. Raises RunError."""
-    temporary = file.with_name(file.name + ".tmp")
-    with disk_errors(file):
-        temporary.write_text(text, encoding="utf-8")
-        commit(temporary, file)
-
-
-def commit(temporary: Path, file: Path) -> None:
-    """Rename `temporary` to `file` once its bytes are on disk."""
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_shards(tensors: dict[str, TensorInfo], folder: Path, max_shard_bytes: int, stem: str = WEIGHTS_STEM) -> None:

@@ -59,8 +59,10 @@ def output_error(dense: Tensor, other: Tensor) -> float:
 
 
 def non_zero_share(activations: Tensor) -> float:
-    """Share of exactly non-zero entries among `activations` (Lazy Neuron, Li et al. 2022, arXiv 2210.06313: of the FFN's
-    hidden layer). Activation functions without a flat part, such as SiLU, give 1: see `cett` for those."""
+    """Share of exactly non-zero entries (Lazy Neuron, Li et al. 2022, arXiv 2210.06313: of an FFN's hidden layer).
+
+    Activation functions without a flat part, such as SiLU, give 1: see `cett` for those.
+    """
     return int(activations.count_nonzero()) / activations.numel()
 
 
@@ -104,7 +106,7 @@ def shape_knee(sparsity: Sequence[float], ratio: Sequence[float]) -> float:
     It depends on where the grid ends, so compare curves over the same grid. Raises ValueError for fewer than two points
     above 0.
     """
-    points = [(0.0, 0.0)] + sorted((s, math.log(r)) for s, r in zip(sparsity, ratio, strict=True) if s > 0)
+    points = [(0.0, 0.0), *sorted((s, math.log(r)) for s, r in zip(sparsity, ratio, strict=True) if s > 0)]
     points = [point for point in points if math.isfinite(point[1])]
     if len(points) < 3:
         raise ValueError("a knee needs at least two points above sparsity 0")

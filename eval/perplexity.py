@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
 from .selection import selecting_tokens
-from .text import bos_token, builtin_text, consecutive_windows, read_text, tokenize
+from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
 
 
 class Perplexity(BaseModel):
@@ -53,23 +53,35 @@ def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
     return math.exp(mean), math.exp(mean) * float(means.std()) / math.sqrt(len(losses))
 
 
-@torch.no_grad()
 def window_losses(model: Any, window: Tensor) -> Tensor:
-    """Next-token cross entropy `[T - 1]` (nats, fp32) of `model` on token ids `window` `[T]`.
-
-    The decoder runs once; the head then sees a chunk of positions at a time (see `logit_chunk`).
-    """
-    chunk = logit_chunk(model.config)
-    ids = window.to(model.device)[None]
-    decoder = model.get_decoder()
-    output = decoder(input_ids=ids, use_cache=False)
-    losses = []
-    with decoder_returns(decoder, output):
-        for start in range(0, len(window) - 1, chunk):
-            keep = torch.arange(start, min(start + chunk, len(window) - 1), device=ids.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
-            losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, keep + 1], reduction="none"))
+    """Next-token cross entropy `[T - 1]` (nats, fp32) of `model` on token ids `window` `[T]`."""
+    losses: list[Tensor] = []
+    targets, done = window[1:].to(model.device), 0
+    for logits in logit_chunks(model, window, decode(model, window)):
+        losses.append(torch.nn.functional.cross_entropy(logits, targets[done : done + len(logits)], reduction="none"))
+        done += len(logits)
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def decode(model: Any, window: Tensor) -> Any:
+    """The decoder's own output object for token ids `window` `[T]`, without the head."""
+    return model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
+
+
+@torch.no_grad()
+def logit_chunks(model: Any, window: Tensor, output: Any) -> Iterator[Tensor]:
+    """Logits `[n, V]`, fp32, at all positions of `window` `[T]` but the last, some at a time (see `logit_chunk`).
+
+    The decoder has run already: `output` is its `decode`; the model's own head code runs here.
+    """
+    chunk, decoder = logit_chunk(model.config), model.get_decoder()
+    ids = window.to(model.device)[None]
+    for start in range(0, len(window) - 1, chunk):
+        keep = torch.arange(start, min(start + chunk, len(window) - 1), device=ids.device)
+        with decoder_returns(decoder, output):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+        yield logits.float()
 
 
 @contextmanager
@@ -105,11 +117,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
     bos = bos_token(tokenizer)
-    chosen = consecutive_windows(tokens, seqlen, bos, windows)
-    if windows is not None and len(chosen) < windows:
-        raise InputError(
-            f"the text fills {len(chosen)} windows of {seqlen} tokens, fewer than --windows {windows}; use more text"
-        )
+    chosen = exact_windows(tokens, seqlen, bos, windows)
     check_context(load_config(Checkpoint(model)), seqlen)
     network = load(model, device, dtype)
     begin = time.monotonic()

@@ -91,6 +91,16 @@ def consecutive_windows(tokens: Tensor, seqlen: int, bos: int | None, count: int
     return [with_bos(window, bos) for window in windows]
 
 
+def exact_windows(tokens: Tensor, seqlen: int, bos: int | None, count: int | None) -> list[Tensor]:
+    """`consecutive_windows`, but InputError when there are fewer than `count` (None: as many as there are)."""
+    chosen = consecutive_windows(tokens, seqlen, bos, count)
+    if count is not None and len(chosen) < count:
+        raise InputError(
+            f"the text fills {len(chosen)} windows of {seqlen} tokens, fewer than --windows {count}; use more text"
+        )
+    return chosen
+
+
 def with_bos(window: Tensor, bos: int | None) -> Tensor:
     """`window` with its first token replaced by `bos`, unchanged when that is None."""
     if bos is not None:

@@ -8,7 +8,6 @@ tensors stay in memory beside the new form, so that the model saves as it was lo
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from ..triton_kernels.input_select import reference as select_reference
 from ..triton_kernels.weight import Prepared, Weight
 from . import storage
 from .checkpoint import read_json
-from .errors import InputError, RunError
+from .durable import write_text
+from .errors import InputError
 from .int4 import as_int4, exact_int4
 from .linear import CompressedWeight
 from .scheme import LinearScheme
@@ -127,15 +127,7 @@ def write(folder: Path, entries: Sequence[Entry]) -> None:
     kept = {(entry.device, entry.dtype, entry.tokens): entry for entry in (known.entries if known else [])}
     kept.update({(entry.device, entry.dtype, entry.tokens): entry for entry in entries})
     data = Verdicts(entries=[kept[key] for key in sorted(kept)]).model_dump(mode="json", exclude_defaults=True)
-    file = folder / FILE
-    temporary = file.with_name(f"{FILE}.tmp")
-    try:
-        temporary.write_text(json.dumps({"format_version": 1, **data}, indent=1) + "\n", encoding="utf-8")
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}; check the folder's permissions") from None
+    write_text(folder / FILE, json.dumps({"format_version": 1, **data}, indent=1) + "\n")
 
 
 def find(folder: Path, device: torch.device, dtype: torch.dtype, tokens: int) -> Entry | None:

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ...serving.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_json, read_tensor
+from ...serving.durable import write_text
 from ...serving.errors import InputError
 from .. import writer
 from ..report import OnProgress, Progress, silent
@@ -85,7 +86,7 @@ def make_delta(
             "tensors": list(new.tensors),
             "stem": _stem(new),
         }
-        writer.write_text(folder / DELTA, json.dumps(facts, indent=2) + "\n")
+        write_text(folder / DELTA, json.dumps(facts, indent=2) + "\n")
     return DeltaReport(
         base=str(base),
         tuned=str(tuned),

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel
 
+from ...serving.durable import commit, disk_errors
 from ...serving.errors import InputError, did_you_mean
 from .. import writer
 from ..report import OnProgress, Progress, silent
@@ -78,7 +79,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A work folder beside `out` that becomes `out` when the `with` succeeds, and disappears when it fails."""
     writer.check_folder(out, overwrite)
     work = out.with_name(out.name + ".writing")
-    with writer.disk_errors(out):
+    with disk_errors(out):
         if work.exists():
             shutil.rmtree(work)  # of an interrupted export, which is not resumed
         work.mkdir(parents=True)
@@ -99,10 +100,10 @@ def _check_file(out: Path, overwrite: bool) -> None:
 def _write_file(contents: Contents, out: Path, step: Step) -> list[str]:
     work = out.with_name(out.name + ".writing")
     try:
-        with writer.disk_errors(out):
+        with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             statement = write_gguf(contents, work, step)
-            writer.commit(work, out)
+            commit(work, out)
     finally:
         work.unlink(missing_ok=True)
     return statement

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...serving.durable import write_text
 from ...serving.load import stored_dtype
 from ...serving.scheme import IntegerScheme
 from ...triton_kernels.formats.integers import Quantized
@@ -157,5 +158,5 @@ def _write(
         settings.pop(key, None)
     if quantization is not None:
         settings["quantization_config"] = quantization()
-    writer.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     writer.copy_companions(contents.checkpoint.path, folder)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...serving.errors import InputError, RunError
+from ...serving.durable import write_text
+from ...serving.errors import InputError
 from . import sections
 from .facts import Rivals, Scored, parse, read_artifact
 from .parts import Section, Sources, Tile
@@ -60,7 +60,7 @@ def write_page(
     )
     markdown_file = html_file.with_suffix(".md")
     for file, template in ((html_file, "page.html.j2"), (markdown_file, "page.md.j2")):
-        _write(file, render(page, template))
+        write_text(file, render(page, template))
     return html_file, markdown_file
 
 
@@ -108,14 +108,3 @@ def escape_markdown(text: Any) -> str:
     for letter in ("&", "<", ">"):
         line = line.replace(letter, {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[letter])
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]|#" else letter for letter in line)
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}; choose another --out") from None

@@ -1,0 +1,58 @@
+"""Files that are whole or absent: written beside their place, synced, renamed; a failed write is one clear line."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import RunError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write below into one RunError line that names `path`, the reason and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            s in str(error) for s in ("os error 28", "os error 27")
+        )
+        advice = (
+            "free some space and run the same command again; it resumes" if full else "check the folder's permissions"
+        )
+        reason = (
+            "the disk is full or a size limit is reached" if full else (getattr(error, "strerror", None) or str(error))
+        )
+        raise RunError(f"cannot write {path}: {reason}; {advice}") from None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` to `file` atomically and durably. Raises RunError."""
+    temporary = file.with_name(file.name + ".tmp")
+    with disk_errors(file):
+        temporary.write_text(text, encoding="utf-8")
+        commit(temporary, file)
+
+
+def commit(temporary: Path, file: Path) -> None:
+    """Rename `temporary` to `file` once its bytes are on disk."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

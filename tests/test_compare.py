@@ -1,0 +1,151 @@
+"""Models side by side: every number against its definition on whole logits, tests against hand-computed cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import halfweight
+from commands import Cli, ok, one_line, read
+from halfweight.eval import compare as comparing
+from halfweight.eval.compare import Comparison
+from halfweight.eval.metrics import calibration_error
+from halfweight.eval.significance import mcnemar, paired_difference, sign_flip
+from halfweight.eval.text import consecutive_windows, read_text, tokenize
+
+SEQLEN, WINDOWS, NEW = 48, 5, 6
+
+pytest.importorskip("scipy")
+
+
+@pytest.fixture(scope="module")
+def compared(llama: Path, compressed: Path, text_file: Path) -> Comparison:
+    return comparing.compare(
+        llama,
+        [compressed, llama],
+        text=text_file,
+        windows=WINDOWS,
+        seqlen=SEQLEN,
+        prompts=3,
+        prompt_tokens=8,
+        new_tokens=NEW,
+    )
+
+
+def test_text_numbers_are_those_of_whole_logits(
+    llama: Path, compressed: Path, text_file: Path, compared: Comparison
+) -> None:
+    tokens = tokenize(halfweight.load_tokenizer(llama), read_text(text_file))
+    windows = torch.stack(consecutive_windows(tokens, SEQLEN, None, WINDOWS))
+    targets = windows[:, 1:]
+    with torch.no_grad():
+        p, q = (halfweight.load(m)(windows).logits[:, :-1].double().log_softmax(-1) for m in (llama, compressed))
+    losses = [-x.gather(-1, targets[..., None])[..., 0].mean(1) for x in (p, q)]
+    dense, model, itself = compared.models
+    against = model.against_dense
+    assert against is not None
+    assert dense.against_dense is None
+    assert dense.perplexity == pytest.approx(math.exp(losses[0].mean()), rel=1e-4)
+    assert model.perplexity == pytest.approx(math.exp(losses[1].mean()), rel=1e-4)
+    paired = losses[1] - losses[0]
+    assert against.perplexity_ratio == pytest.approx(math.exp(paired.mean()), rel=1e-4)
+    error = math.exp(paired.mean()) * float(paired.std()) / math.sqrt(WINDOWS)
+    assert against.ratio_standard_error == pytest.approx(error, rel=1e-3)
+    divergence = (p.exp() * (p - q)).sum(-1)
+    assert against.kl == pytest.approx(float(divergence.mean()), rel=1e-3)
+    assert against.kl_standard_error == pytest.approx(float(divergence.mean(1).std()) / math.sqrt(WINDOWS), rel=1e-3)
+    assert against.token_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=0.01)
+    best = q.max(-1)
+    expected = calibration_error(best.values.exp(), best.indices == targets)
+    assert model.calibration_error == pytest.approx(expected, abs=0.01)
+    assert itself.against_dense is not None
+    assert itself.against_dense.kl == pytest.approx(0, abs=1e-6)
+    assert itself.against_dense.perplexity_ratio == pytest.approx(1)
+    assert itself.against_dense.token_agreement == 1
+    assert itself.against_dense.same_generations == 1
+
+
+def test_generation_agreement_is_of_greedy_continuations(
+    llama: Path, compressed: Path, text_file: Path, compared: Comparison
+) -> None:
+    tokens = tokenize(halfweight.load_tokenizer(llama), read_text(text_file))
+    shared = []
+    models = [halfweight.load(m) for m in (llama, compressed)]
+    for window in consecutive_windows(tokens, SEQLEN, None, 3):
+        rows = [window[:8], window[:8]]
+        for _ in range(NEW):
+            with torch.no_grad():
+                tops = [m(row[None]).logits[0, -1].argmax() for m, row in zip(models, rows, strict=True)]
+            rows = [torch.cat([row, top[None]]) for row, top in zip(rows, tops, strict=True)]
+        same = (rows[0][8:] == rows[1][8:]).long()
+        shared.append(int(same.cumprod(0).sum()))
+    against = compared.models[1].against_dense
+    assert against is not None
+    assert against.generation_agreement == pytest.approx(sum(shared) / (3 * NEW))
+    assert against.same_generations == pytest.approx(sum(count == NEW for count in shared) / 3)
+
+
+def test_sizes_come_from_the_checkpoints(llama: Path, compressed: Path, compared: Comparison) -> None:
+    dense, model, _ = compared.models
+    assert (dense.effective_bits, model.effective_bits) == (16, 9)
+    assert dense.bytes == (llama / "model.safetensors").stat().st_size
+    assert model.bytes < dense.bytes
+    assert model.load_seconds > 0
+    assert [row.name for row in compared.models] == [llama.name, compressed.name, f"{llama.name}-2"]
+
+
+def test_command_line(llama: Path, compressed: Path, text_file: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ["--text", text_file, "--windows", 2, "--seqlen", 64, "--new-tokens", 4, "--json", tmp_path / "c.json"]
+    result = ok(cli("compare", llama, compressed, *flags))
+    report = read(tmp_path / "c.json")
+    assert [row["effective_bits"] for row in report["models"]] == [16, 9]
+    assert report["new_tokens"] == 4
+    for line in ("perplexity", "KL to dense", "same greedy tokens", "effective bits", "size on disk", "load time"):
+        assert line in result.out
+
+
+def test_bad_input_is_one_line(
+    llama: Path, compressed: Path, make_model: Callable[..., Path], text_file: Path, tmp_path: Path, cli: Cli
+) -> None:
+    other = make_model("llama", vocab_size=128)
+    flags = ["--text", text_file, "--seqlen", 64]
+    assert "another vocabulary" in one_line(cli("compare", llama, other, *flags))
+    assert "config.json: no such file" in one_line(cli("compare", llama, tmp_path / "none", *flags))
+    assert "fewer than --windows" in one_line(cli("compare", llama, compressed, *flags, "--windows", 1000))
+    assert "exceed --seqlen 64" in one_line(cli("compare", llama, compressed, *flags, "--new-tokens", 40))
+    assert "names, separated by commas" in one_line(cli("compare", llama, compressed, "--tasks", ","))
+    assert "--batch-size 'x'" in one_line(cli("compare", llama, compressed, "--batch-size", "x"))
+
+
+def test_mcnemar_by_hand() -> None:
+    # 1 against 7: 2 * (C(8,0) + C(8,1)) / 2^8.
+    assert mcnemar(1, 7) == pytest.approx(18 / 256)
+    assert mcnemar(7, 1) == pytest.approx(18 / 256)
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(3, 3) == 1
+
+
+def test_sign_flip_counts_sign_patterns() -> None:
+    # All 2^5 patterns of five like signs: only two reach the observed mean.
+    assert sign_flip([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 32)
+    assert sign_flip([0.0, 0.0]) == 1
+    assert sign_flip([0.1 * i for i in range(1, 40)]) < 0.001
+    assert sign_flip([1.0, -1.0] * 30) > 0.9
+
+
+def test_pairs_only_shared_documents() -> None:
+    dense = {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}
+    other = {"a": 1.0, "b": 0.0, "c": 0.0, "e": 1.0}
+    difference = paired_difference("t", "acc", dense, other)
+    assert (difference.documents, difference.better, difference.worse) == (3, 0, 1)
+    assert difference.difference == pytest.approx(-1 / 3)
+    assert difference.standard_error == pytest.approx(1 / 3)
+    assert (difference.p_value, difference.test) == (1.0, "McNemar, exact")
+    graded = paired_difference("t", "f1", {"a": 0.5, "b": 0.25}, {"a": 0.75, "b": 0.75})
+    assert (graded.test, graded.p_value) == ("sign-flip permutation", pytest.approx(0.5))
+    with pytest.raises(ValueError, match="no document in common"):
+        paired_difference("t", "acc", {"a": 1.0}, {"b": 1.0})
