@@ -220,6 +220,14 @@ def test_a_loss_that_is_not_finite_leaves_the_start(
     assert all(torch.equal(before[name], after[name]) for name in last)
 
 
+def test_nothing_to_train_is_said_and_changes_nothing(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = recipe(text_file, block={"train": ["branch"]}, end_to_end={"train": ["branch"]})
+    report = compress_checkpoint(dense, settings, tmp_path / "out")
+    assert {row.note for row in report.tuning} == {"there is nothing to train"}
+    assert all(row.steps == 0 and row.best == row.start for row in report.tuning)
+    assert CompressionReport.model_validate_json((tmp_path / "out/report.json").read_text()) == report
+
+
 @pytest.mark.parametrize("stage", ["block", "end_to_end"])
 def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
     stage: str, dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -163,8 +163,8 @@ class FloatWeight(nn.Module):
         super().__init__()
         assert logical.weight is not None
         weight = logical.weight
-        self.dtype, self.mask, self.part = weight.dtype, logical.mask, part
-        self.size = unit_of(weight)
+        self.dtype, self.part, self.size = weight.dtype, part, unit_of(weight)
+        self.mask = logical.mask if part in train else None
         self.values = nn.Parameter(weight.float() / self.size) if part in train else None
         self._frozen = None if part in train else weight
 
