@@ -240,8 +240,11 @@ class _Run:
                 del dense
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
-                rows = {"layers": layers, "tuning": tuned}
-                self.journal.record(part, **{k: [row.model_dump() for row in v] for k, v in rows.items()})
+                self.journal.record(
+                    part,
+                    layers=[layer.model_dump() for layer in layers],
+                    tuning=[row.model_dump() for row in tuned],
+                )
             if resumed or self._tunes_blocks:
                 self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
             entry = self.journal.done(part) or {}

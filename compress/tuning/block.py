@@ -157,7 +157,7 @@ class _Training:
             try:
                 through({name: module() for name, module in self.weights.items()}, run)
                 return total
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.make_smaller()

@@ -145,7 +145,7 @@ class _Training:
         while True:
             try:
                 return self._gradients(items)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._make_smaller()

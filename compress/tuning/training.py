@@ -72,8 +72,7 @@ class Trainer:
             moments.pop("best", None)
             if moments:
                 self.optimizer.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                    for moment, value in moments.items()
+                    moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
                 }
         self.done = done
 

@@ -220,8 +220,9 @@ class TrainedLinear(nn.Module):
             self.u = FloatWeight(Logical(tensors["U"], None, None), "branch", train)
             return
         (n, k), allowed = shape, CodeRange.of(branch.parts[0].integers.bits, True)  # type: ignore[union-attr]
-        inside: Collection[Part] = ("weights", "scales") if "branch" in train and "weights" in train else ()
-        inside = inside or (("scales",) if "branch" in train else ())
+        inside: list[Part] = ["scales"] if "branch" in train else []
+        if inside and "weights" in train:
+            inside.append("weights")
         v, u = ({m[2:]: t for m, t in tensors.items() if m.startswith(f"{part}.")} for part in "VU")
         self.v = _trainable(branch.parts[0], v, (branch.rank, k), "branch", inside, allowed)
         self.u = _trainable(branch.parts[1], u, (n, branch.rank), "branch", inside, allowed)
