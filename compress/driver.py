@@ -247,9 +247,12 @@ class _Run:
                 del dense
                 writer.write_part(self.journal.folder / part, packed)
                 del packed
-                rows = {"layers": layers, "tuning": tuned}
-                reports = {key: [row.model_dump() for row in value] for key, value in rows.items()}
-                self.journal.record(part, **reports, sparsities=sparsities)
+                self.journal.record(
+                    part,
+                    layers=[layer.model_dump() for layer in layers],
+                    tuning=[row.model_dump() for row in tuned],
+                    sparsities=sparsities,
+                )
             if resumed or self._tunes_blocks:
                 self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
             entry = self.journal.done(part) or {}

@@ -75,7 +75,9 @@ def test_both_stages_lower_the_dev_loss_and_leave_masks_and_formats_alone(
 
 
 def test_stage_two_alone_moves_scales_and_nothing_else(dense: Path, text_file: Path, tmp_path: Path) -> None:
-    settings = recipe(text_file, block=BLOCK, end_to_end={**END_TO_END, "epochs": 1, "distill": 0.0})
+    rates = {"weights": 0.9, "scales": 0.01}  # codes would change, if they could
+    end_to_end = {**END_TO_END, "epochs": 1, "distill": 0.0, "rates": rates}
+    settings = recipe(text_file, block=BLOCK, end_to_end=end_to_end)
     report = compress_checkpoint(dense, settings.with_tuning("end-to-end"), tmp_path / "out")
     compress_checkpoint(dense, settings.with_tuning("none"), tmp_path / "plain")
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
@@ -218,6 +220,14 @@ def test_a_loss_that_is_not_finite_leaves_the_start(
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     last = [name for name in before if ".layers.0." not in name or stage == "end_to_end"]
     assert all(torch.equal(before[name], after[name]) for name in last)
+
+
+def test_nothing_to_train_is_said_and_changes_nothing(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = recipe(text_file, block={"train": ["branch"]}, end_to_end={"train": ["branch"]})
+    report = compress_checkpoint(dense, settings, tmp_path / "out")
+    assert {row.note for row in report.tuning} == {"there is nothing to train"}
+    assert all(row.steps == 0 and row.best == row.start for row in report.tuning)
+    assert CompressionReport.model_validate_json((tmp_path / "out/report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("stage", ["block", "end_to_end"])

@@ -67,13 +67,15 @@ def tune_block(
     for number, unit in enumerate(units):
         part = slice(len(order) * number // len(units), len(order) * (number + 1) // len(units))
         run.unit({name: weights[name] for name in unit}, order[part], len(order))
+    if not run.losses:
+        run.losses, run.note = [(0, run.dev_loss())], "there is nothing to train"
     return TuningReport(
         stage="block",
         name=walker.block_prefix(index),
         steps=run.steps,
         tokens=run.tokens,
-        start=run.losses[0][1] if run.losses else math.nan,
-        best=min((loss for _, loss in run.losses), default=math.nan),
+        start=run.losses[0][1],
+        best=min(loss for _, loss in run.losses),
         best_step=run.best_step,
         losses=run.losses,
         seconds=time.monotonic() - begin,
@@ -155,7 +157,7 @@ class _Training:
             try:
                 through({name: module() for name, module in self.weights.items()}, run)
                 return total
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.make_smaller()

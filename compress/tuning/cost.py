@@ -73,7 +73,7 @@ def block_cost(work: Workload, settings: BlockTuning) -> Cost:
     """Stage 1."""
     largest = max(work.blocks, key=work.weights)
     weights, total = work.weights(largest), sum(work.weights(block) for block in work.blocks)
-    trained = sum(_numbers(work, name, shape, settings.train) for name, shape in largest.items())
+    trained = sum(numbers(work, name, shape, settings.train) for name, shape in largest.items())
     streams = 2 * (work.tokens + work.dev * work.length) * work.hidden * work.itemsize
     device = streams + 2 * weights * work.itemsize + _TRAINED * trained + _EXPANDED * weights + _block(work, largest)
     looks = settings.evaluations * work.dev * work.length
@@ -93,13 +93,13 @@ def end_to_end_cost(work: Workload, settings: EndToEndTuning) -> Cost:
     everything = {name: shape for block in work.blocks for name, shape in block.items()}
     largest = max(work.blocks, key=work.weights)
     total = work.weights(everything)
-    trained = sum(_numbers(work, name, shape, settings.train, frozen=True) for name, shape in everything.items())
-    held = sum(_held(work, name, shape, settings.train) for name, shape in everything.items())
+    trained = sum(numbers(work, name, shape, settings.train, frozen=True) for name, shape in everything.items())
+    stored = sum(held(work, name, shape, settings.train) for name, shape in everything.items())
     head = work.vocabulary * work.hidden * work.itemsize
     per_step = max(work.item, settings.batch * work.length) * work.hidden * work.itemsize * (len(work.blocks) + 3)
     embedded = (work.tokens + work.dev * work.length) * work.hidden * work.itemsize
     expanded = (_EXPANDED + work.itemsize) * work.weights(largest)
-    device = held + _TRAINED * trained + head + per_step + embedded + expanded + _block(work, largest) + _LOGIT_BYTES
+    device = stored + _TRAINED * trained + head + per_step + embedded + expanded + _block(work, largest) + _LOGIT_BYTES
     remembered = 6.0 * (work.windows + work.dev) * work.length * settings.top_k
     checkpoint = 4.0 * 4 * trained  # parameters, two moments, the best parameters
     looks = (settings.evaluations + 1) * work.dev * work.length
@@ -126,7 +126,7 @@ def _block(work: Workload, block: Shapes) -> float:
     return float(work.item * (linears + _NORMED * work.hidden))
 
 
-def _numbers(work: Workload, name: str, shape: tuple[int, int], train: tuple[Part, ...], frozen: bool = False) -> float:
+def numbers(work: Workload, name: str, shape: tuple[int, int], train: tuple[Part, ...], frozen: bool = False) -> float:
     """How many numbers of a linear are trained; with `frozen`, integer codes are not."""
     stage = work.stages.get(name)
     if stage is None:
@@ -142,11 +142,12 @@ def _numbers(work: Workload, name: str, shape: tuple[int, int], train: tuple[Par
     return found + (branch.rank * (n + k) if branch is not None and "branch" in train else 0)
 
 
-def _held(work: Workload, name: str, shape: tuple[int, int], train: tuple[Part, ...]) -> float:
+def held(work: Workload, name: str, shape: tuple[int, int], train: tuple[Part, ...]) -> float:
     """Bytes that a linear's stored form keeps on the device while the whole model is trained."""
     stage, (n, k) = work.stages.get(name), shape
     if stage is None or not isinstance(stage, IntegerSettings):
         masked = stage is not None and "weights" in train
         return n * k * (1.0 if masked else work.itemsize)
-    codes = (2 if stage.bits == 8 else 1) + ("zeros" in train)
+    masked = "zeros" in train and not stage.symmetric and stage.weight_scheme(shape).pattern != "dense"
+    codes = (2 if stage.bits == 8 else 1) + masked
     return n * k * codes + 3.0 * n * -(-k // stage.group_size)  # fp16 scales and zero points

@@ -115,7 +115,7 @@ class _Training:
         self.trainer = Trainer(parameters, settings.rates, len(self.order))
         self.looks = Looks()
         self.tokens, self.seconds, self.finished = 0, 0.0, not parameters
-        self.note: str | None = None
+        self.note = None if parameters else "there is nothing to train"
         self.logits, self.rows = _LOGITS, max(len(x) for x in train.embedded)
         found = checkpoint.load(resume.file, resume.run)
         if found is None:
@@ -145,7 +145,7 @@ class _Training:
         while True:
             try:
                 return self._gradients(items)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._make_smaller()

@@ -38,7 +38,7 @@ class StudentBlock:
         with walker.block(index) as block:
             self.module = block
             self.weights: dict[str, TrainedLinear | FloatWeight] = trainable_weights(
-                block, self.prefix, stages, here, checkpoint, train
+                block, self.prefix, stages, here, checkpoint, train, codes=False
             )
             own = {name: tensor for name, tensor in block.state_dict().items() if name not in self.weights}
         self.rest = {name: here.get(f"{self.prefix}.{name}", tensor).to(tensor.dtype) for name, tensor in own.items()}

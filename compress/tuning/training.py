@@ -4,6 +4,7 @@ the rule that the best look at the dev set wins, the start included."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -25,8 +26,8 @@ class Trainer:
         by_part: dict[Part, list[nn.Parameter]] = {}
         for part, parameter in parameters.values():
             by_part.setdefault(part, []).append(parameter)
-        self._rates = [float(getattr(rates, part)) for part in by_part]
-        groups = [{"params": members} for members in by_part.values()]
+        self._rates = [float(getattr(rates, part)) for part in by_part] or [0.0]
+        groups = [{"params": members} for members in by_part.values()] or [{"params": []}]
         # Fused: the other implementations need as much again for scratch.
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -71,8 +72,7 @@ class Trainer:
             moments.pop("best", None)
             if moments:
                 self.optimizer.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                    for moment, value in moments.items()
+                    moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
                 }
         self.done = done
 
@@ -96,10 +96,11 @@ class Looks:
     best_loss: float = math.inf
 
     def see(self, step: int, loss: float, trainer: Trainer) -> None:
-        """Note the dev loss after `step` steps; the first is the start's. One that is not finite is never the best."""
+        """Note the dev loss after `step` steps; the first is the start's. One that is not finite counts as the largest
+        number there is, so that it is never the best, and can be written as JSON."""
+        loss = loss if math.isfinite(loss) else sys.float_info.max
         if not self.losses or loss < self.best_loss:
-            self.best, self.best_step = trainer.snapshot(), step
-            self.best_loss = loss if math.isfinite(loss) else math.inf
+            self.best, self.best_step, self.best_loss = trainer.snapshot(), step, loss
         self.losses.append((step, loss))
 
     def exhausted(self, patience: int) -> bool:

@@ -163,8 +163,8 @@ class FloatWeight(nn.Module):
         super().__init__()
         assert logical.weight is not None
         weight = logical.weight
-        self.dtype, self.mask, self.part = weight.dtype, logical.mask, part
-        self.size = unit_of(weight)
+        self.dtype, self.part, self.size = weight.dtype, part, unit_of(weight)
+        self.mask = logical.mask if part in train else None
         self.values = nn.Parameter(weight.float() / self.size) if part in train else None
         self._frozen = None if part in train else weight
 
@@ -198,18 +198,20 @@ class TrainedLinear(nn.Module):
         shape: tuple[int, int],
         train: Collection[Part],
         origin: Tensor | None = None,
+        codes: bool = True,
     ) -> None:
         """`tensors` are the stored ones by suffix, `stage` the recipe's stage that made them, `origin` `[N, K]` the
-        dense weight."""
+        dense weight. Without `codes` those of integers stay, whatever `train` says of weights."""
         super().__init__()
         self.scheme, self.shape = scheme, shape
         plain = scheme.model_copy(update={"low_rank": None})
         bits, symmetric = (stage.bits, stage.symmetric) if isinstance(stage, IntegerSettings) else (8, True)
         if origin is not None and scheme.low_rank is not None:
-            both = (effective_weight(s, tensors, shape, torch.float32) for s in (scheme, plain))
-            origin = origin - (next(both) - next(both))
+            without = effective_weight(plain, tensors, shape, torch.float32)
+            origin = origin - (effective_weight(scheme, tensors, shape, torch.float32) - without)
         allowed = CodeRange.of(bits, symmetric)
-        self.weight = _trainable(plain, tensors, shape, "weights", train, allowed, origin)
+        own = [part for part in train if part != "weights" or codes or scheme.integers is None]
+        self.weight = _trainable(plain, tensors, shape, "weights", own, allowed, origin)
         self.v: IntegerWeight | FloatWeight | None = None
         self.u: IntegerWeight | FloatWeight | None = None
         branch = scheme.low_rank
@@ -220,8 +222,9 @@ class TrainedLinear(nn.Module):
             self.u = FloatWeight(Logical(tensors["U"], None, None), "branch", train)
             return
         (n, k), allowed = shape, CodeRange.of(branch.parts[0].integers.bits, True)  # type: ignore[union-attr]
-        inside: Collection[Part] = ("weights", "scales") if "branch" in train and "weights" in train else ()
-        inside = inside or (("scales",) if "branch" in train else ())
+        inside: list[Part] = ["scales"] if "branch" in train else []
+        if inside and "weights" in train and codes:
+            inside.append("weights")
         v, u = ({m[2:]: t for m, t in tensors.items() if m.startswith(f"{part}.")} for part in "VU")
         self.v = _trainable(branch.parts[0], v, (branch.rank, k), "branch", inside, allowed)
         self.u = _trainable(branch.parts[1], u, (n, branch.rank), "branch", inside, allowed)
@@ -267,10 +270,11 @@ def trainable_weights(
     checkpoint: Mapping[str, TensorInfo],
     train: Collection[Part],
     origins: Mapping[str, Tensor] | None = None,
+    codes: bool = True,
 ) -> dict[str, TrainedLinear | FloatWeight]:
     """What may be trained of the block called `prefix`, by parameter name inside it: its linears in `stages`, whose
     stored forms are among `tensors` (by full name), and with `norms` its norms, in the `checkpoint`'s dtype. `origins`
-    are the linears' dense weights, by full name."""
+    are the linears' dense weights, by full name; `codes` is for TrainedLinear."""
     found: dict[str, TrainedLinear | FloatWeight] = {}
     norms: dict[str, TrainedLinear | FloatWeight] = {}
     for inner, module in block.named_modules():
@@ -279,9 +283,8 @@ def trainable_weights(
             shape = (module.out_features, module.in_features)
             own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
             origin = (origins or {}).get(name)
-            found[f"{inner}.weight"] = TrainedLinear(
-                stages[name].scheme(shape), stages[name], own, shape, train, origin
-            )
+            scheme = stages[name].scheme(shape)
+            found[f"{inner}.weight"] = TrainedLinear(scheme, stages[name], own, shape, train, origin, codes)
         elif "norms" in train and isinstance(weight, nn.Parameter) and weight.ndim == 1:
             stored = tensors.get(f"{name}.weight", weight).to(checkpoint[f"{name}.weight"].dtype)
             norms[f"{inner}.weight"] = FloatWeight(Logical(stored, None, None), "norms", train)
