@@ -235,7 +235,7 @@ def _runner(checkpoint: Checkpoint, batch_size: int | str, device: str, dtype: s
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
-    accelerator = Accelerator() if _launched() else None
+    accelerator = Accelerator(cpu=resolve_device(device).type == "cpu") if _launched() else None
     place = str(accelerator.device) if accelerator is not None and device == "auto" else device
     require_fit([checkpoint.path], place, dtype)
     network = load(checkpoint.path, place, dtype)
