@@ -235,8 +235,10 @@ def _runner(checkpoint: Checkpoint, batch_size: int | str, device: str, dtype: s
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
-    accelerator = Accelerator() if _launched() else None
-    place = str(accelerator.device) if accelerator is not None and device == "auto" else device
+    accelerator = Accelerator(cpu=resolve_device(device).type == "cpu") if _launched() else None
+    place = device
+    if accelerator is not None and accelerator.device.type == "cuda" and device == "auto":
+        place = str(accelerator.device)  # of this process
     require_fit([checkpoint.path], place, dtype)
     network = load(checkpoint.path, place, dtype)
     runner = HFLM(pretrained=network, tokenizer=load_tokenizer(checkpoint.path), batch_size=batch_size)

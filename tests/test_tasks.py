@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -228,20 +229,26 @@ def test_a_group_keeps_its_members_and_skips_empty_rows(tmp_path: Path) -> None:
 LAUNCHED = """
 import sys
 from halfweight.eval.tasks import evaluate_tasks
-report = evaluate_tasks(sys.argv[1], [sys.argv[2]], sys.argv[3], device="auto")
-assert report.processes == 2
+evaluate_tasks(sys.argv[1], [sys.argv[2]], sys.argv[3])
 """
 
 
 @pytest.mark.slow
 def test_processes_share_the_documents(llama: Path, local: Path, tmp_path: Path) -> None:
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = [*launch, str(script), str(llama), str(local / "pairs.yaml"), str(tmp_path / "two")]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HALFWEIGHT_BACKEND": "reference"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # What `accelerate launch` and torchrun set for each process.
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HALFWEIGHT_BACKEND": "reference"}
+    command = [sys.executable, "-c", LAUNCHED, str(llama), str(local / "pairs.yaml"), str(tmp_path / "two")]
+    both = [
+        subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
     alone = tasks.evaluate_tasks(llama, [str(local / "pairs.yaml")], tmp_path / "one")
     report = read(tmp_path / "two" / "results.json")
     assert report["processes"] == 2
