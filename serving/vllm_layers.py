@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +64,6 @@ class HalfweightConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Refuse a damaged folder before any worker starts: index, headers and file sizes are checked here."""
-        from pathlib import Path
-
         if Path(model_name).is_dir():
             Checkpoint(model_name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +205,14 @@ def test_damaged_tensors_are_refused_by_name(damage: str, configure: Any) -> Non
     load(layer, tensors)
     with pytest.raises(InputError, match=r"down_proj.*(missing|damaged)"):
         method.process_weights_after_loading(layer)
+
+
+def test_a_truncated_folder_is_refused_before_any_worker_starts(artifact: Path, configure: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(artifact, folder)
+    config = configure({DOWN: SCHEMES["2:4"]})
+    config.maybe_update_config(str(folder), hf_config=None, revision=None)
+    shard = next(folder.glob("halfweight-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated"):
+        config.maybe_update_config(str(folder), hf_config=None, revision=None)

@@ -33,6 +33,15 @@ _SIZES = tuple(BLOCK * n for n in range(1, 33))
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 
 
+_KEPT = {
+    "Q4_0": "codes and scales are kept",
+    "Q4_1": "codes and scales are kept, offsets rounded to fp16",
+    "Q8_0": "symmetric int8 is kept, everything else rounded anew",
+    "BF16": "16-bit weights are kept, others rounded to bf16",
+    "F16": "16-bit weights are kept, others rounded to fp16",
+}
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One tensor of the file: `shape` is the dense one, `kind` a GGUF type's name, `data` makes its bytes."""
@@ -83,11 +92,9 @@ def require_package() -> None:
 def kind_of(matrix: Matrix, plain: str) -> str:
     """The GGUF type for a compressed matrix; `plain` is that of 16-bit weights."""
     scheme, integers = matrix.scheme, matrix.scheme.integers
-    if matrix.shape[1] % BLOCK or (integers is None and scheme.added_branch is None):
+    if matrix.shape[1] % BLOCK or integers is None:
         return plain
-    if integers is None or scheme.low_rank is not None or scheme.group is not None or scheme.input_major:
-        return "Q8_0"
-    if integers.group_size % BLOCK:
+    if scheme.low_rank is not None or scheme.group is not None or scheme.input_major or integers.group_size % BLOCK:
         return "Q8_0"
     if integers.bits == 4:
         return "Q4_0" if integers.symmetric else "Q4_1"
@@ -228,9 +235,7 @@ def _add_settings(out: Any, config: Any, path: Path) -> None:
 
 
 def _statement(contents: Contents, entries: list[_Entry]) -> list[str]:
-    by_name = dict(zip((m.module for m in contents.matrices), entries, strict=False))
-    kinds = [entry.kind for entry in by_name.values()]
-    lines = [f"{kinds.count(kind)} compressed matrices as {kind}" for kind in sorted(set(kinds))]
-    lines.append("Q4_0 and symmetric int8 are exact, Q4_1 rounds its offset to fp16, other Q8_0 is rounded anew")
+    kinds = [entry.kind for entry in entries[: len(contents.matrices)]]  # the others come after them
+    lines = [f"{kinds.count(kind)} compressed matrices as {kind}: {_KEPT[kind]}" for kind in sorted(set(kinds))]
     lines.append("sparsity is lost: zeros are stored, and llama.cpp does not skip them")
     return [*lines, *lost_selections(contents)]
