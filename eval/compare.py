@@ -22,6 +22,7 @@ from ..serving.skeleton import load_config
 from .agreement import Reference, TextScores, generate, join, reference, score_window, shared_tokens
 from .fit import require_fit
 from .perplexity import check_context, decode, summarize
+from .selection import dense_tokens_of, selecting_tokens
 from .significance import Difference, mean_and_error, paired_difference
 from .task_results import TaskResult, document_scores
 from .tasks import evaluate_tasks
@@ -132,9 +133,10 @@ def compare(
         if base is None:
             base = reference(model, chosen)
         parts = []
-        for number, window in enumerate(chosen):
-            parts.append(_score(model, window, base, number))
-            show(name, number + 1, len(chosen))
+        with selecting_tokens(model, dense_tokens_of(seqlen)):
+            for number, window in enumerate(chosen):
+                parts.append(_score(model, window, base, number))
+                show(name, number + 1, len(chosen))
         scores = join(parts)
         tokens = generate(model, chosen[:prompts], prompt_tokens, new_tokens)
         if base_scores is None:

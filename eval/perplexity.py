@@ -16,7 +16,7 @@ from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
-from .selection import selecting_tokens
+from .selection import SPARSE_TOKENS, dense_tokens_of, selecting_tokens
 from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
 
 
@@ -102,7 +102,7 @@ def evaluate(
     seqlen: int = 1024,
     device: str = "auto",
     dtype: str = "auto",
-    sparse_tokens: float = 0.99,
+    sparse_tokens: float = SPARSE_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a checkpoint folder, dense or compressed, on `text` (a file; default: the shipped held-out text).
@@ -122,7 +122,7 @@ def evaluate(
     network = load(model, device, dtype)
     begin = time.monotonic()
     losses = []
-    dense_tokens = seqlen - round(sparse_tokens * seqlen)
+    dense_tokens = dense_tokens_of(seqlen, sparse_tokens)
     with selecting_tokens(network, dense_tokens) as reading:
         for index, window in enumerate(chosen):
             losses.append(window_losses(network, window).cpu())

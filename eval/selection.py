@@ -13,6 +13,13 @@ from ..serving.linear import CompressedLinear
 from ..serving.storage import selection_of, tensor_specs
 from ..triton_kernels.input_select import reference
 
+SPARSE_TOKENS = 0.99  # of a window's tokens select their inputs when it is scored: all but the first 1 %
+
+
+def dense_tokens_of(seqlen: int, sparse_tokens: float = SPARSE_TOKENS) -> int:
+    """How many tokens at the start of a window of `seqlen` read every input."""
+    return seqlen - round(sparse_tokens * seqlen)
+
 
 class Reading:
     """What single tokens read of a model's selecting linears; grows as the model runs inside `selecting_tokens`."""

@@ -22,6 +22,7 @@ import yaml
 from ..serving.checkpoint import Checkpoint, read_json
 from ..serving.durable import disk_errors, write_text
 from ..serving.errors import InputError, RunError, did_you_mean
+from ..serving.linear import read_all_in_prefill
 from ..serving.load import load, load_tokenizer, resolve_device, resolve_dtype, stored_dtype
 from .fit import require_fit
 from .task_results import TaskReport, TaskResult, task_results
@@ -241,6 +242,7 @@ def _runner(checkpoint: Checkpoint, batch_size: int | str, device: str, dtype: s
         place = str(accelerator.device)  # of this process
     require_fit([checkpoint.path], place, dtype)
     network = load(checkpoint.path, place, dtype)
+    read_all_in_prefill(network, dense=False)  # what is scored selects its inputs
     runner = HFLM(pretrained=network, tokenizer=load_tokenizer(checkpoint.path), batch_size=batch_size)
     if accelerator is not None and accelerator.num_processes > 1:
         # lm-eval shares documents out by rank; it only sets that up itself for models it loads itself.

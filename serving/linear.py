@@ -254,11 +254,11 @@ class SelectingLinear(nn.Linear):
         return select_reference.linear(x, self.weight.T, self.selection, self.bias)
 
 
-def read_all_in_prefill(model: nn.Module) -> None:
-    """Let the linears of `model` that select their inputs read all of them where a sequence brings several tokens."""
+def read_all_in_prefill(model: nn.Module, dense: bool = True) -> None:
+    """Whether the linears of `model` that select their inputs read all of them where a sequence has several tokens."""
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            module.dense_prefill = True
+            module.dense_prefill = dense
 
 
 class _Multiply(torch.autograd.Function):

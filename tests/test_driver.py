@@ -86,7 +86,7 @@ def test_sharded_dense_weights_give_the_same_artifact(
 def test_large_artifacts_are_sharded(
     dense: Path, whole: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(driver.writer, "SHARD_BYTES", 20_000)
     compress_checkpoint(dense, small_recipe, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
