@@ -319,7 +319,8 @@ class _Run:
         layers: list[LayerReport] = []
         packed: dict[str, Tensor] = {}
 
-        run = partial(walker.run, index, block)
+        # Not `walker.run`: a pass that is dropped half-way would restore the grad mode it found, whenever that happens.
+        run = partial(walker.call, index, block, weights={})
         calibration, dev = ([PausingPass(run, x) for x in stream] for stream in (self.hidden, self.dev))
         with pauses({group[0]: linears[group[0]] for group in groups}):
             for group in groups:

@@ -155,7 +155,8 @@ class _Training:
                     total += float(loss.detach())
 
             try:
-                through({name: module() for name, module in self.weights.items()}, run)
+                with torch.enable_grad():
+                    through({name: module() for name, module in self.weights.items()}, run)
                 return total
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -144,7 +144,8 @@ class _Training:
         """Gather the gradients of the loss on the batches `items`; returns it. Smaller pieces when memory runs out."""
         while True:
             try:
-                return self._gradients(items)
+                with torch.enable_grad():
+                    return self._gradients(items)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
