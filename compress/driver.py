@@ -1,57 +1,36 @@
-"""The one sequential driver: embed once, then per block run up to each linear, solve it, replace it, go on, write."""
+"""The one way through a compression: resolve the recipe, do the work (`run.py`), assemble, verify, report, publish."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..eval.perplexity import summarize
-from ..serving.checkpoint import Checkpoint, read_header
+from ..serving.checkpoint import read_header
 from ..serving.durable import write_text
 from ..serving.errors import RunError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.linear import SelectingLinear, expand_linears
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from ..serving.storage import effective_weight, selection_of
-from ..serving.tables import Table
 from . import vocabulary, writer
-from .allocation import allocate, with_sparsities
 from .blocks import BlockWalker, compute_dtype, open_dense
-from .calibration import Windows, load_windows
+from .calibration import load_windows
 from .journal import Journal, fingerprint, tokens_hash
-from .lockstep import PausingPass, input_groups, pauses
 from .memory import peak_rss_gb, release_memory
-from .passes import StageConfig, needs_of
 from .recipe import Recipe
 from .report import (
     CompressionReport,
     DevPerplexity,
-    LayerReport,
     OnProgress,
     Progress,
-    TableReport,
-    TuningReport,
-    Verification,
     silent,
 )
-from .solve import solve_linear
-from .statistics import InputStatistics
-from .tuning.block import Pairs, tune_block
-from .tuning.weights import stored_tensors, trainable_weights
-from .tuning.whole import Job, remember_teacher, tune_whole
-
-# Reloaded outputs must match the run's own up to the compute dtype's rounding.
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+from .run import Run
 
 
 def compress_checkpoint(
@@ -90,348 +69,73 @@ def compress_checkpoint(
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
     partial = writer.prepare(out, overwrite)
-    with writer.no_empty_leftover(partial):
-        writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
-        tokenizer = load_tokenizer(source.path)
-        samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
-        windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
-    del tokenizer
-    release_memory()
-    settings = (recipe.to_yaml(), str(walker.dtype), where.type)
-    identity = fingerprint(checkpoint, [*windows.all, *windows.dev], *settings)
-    journal = Journal(partial, identity, fresh)
-    run = _Run(walker, stages, recipe, windows, journal, progress)
-    resumed = run.all_blocks()
-    parts = run.whole(identity)
-
-    schemes = {name: stage.scheme(shapes[name]) for name, stage in run.stages.items()}
-    scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
-    if recipe.embeddings is not None:
-        integers = recipe.embeddings.integers()
-        heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
-        scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
-    _assemble(partial, walker, scheme, recipe, parts)
-    release_memory()
-    progress(Progress("verify", 0, 1))
-    verification, compressed_losses = run.verify(partial)
-    dense_losses = walker.losses(run.dev_dense, windows.dev)
-    inspection = inspect_checkpoint(partial)
-    report = CompressionReport(
-        model=source.name,
-        note=source.note,
-        recipe=recipe.name,
-        out=str(out),
-        seconds=time.monotonic() - begin,
-        peak_rss_gb=peak_rss_gb(),
-        blocks=walker.n_blocks,
-        blocks_resumed=resumed,
-        effective_bits=inspection.effective_bits,
-        effective_bits_model=inspection.effective_bits_model,
-        linear_bytes_ratio=inspection.linear_bytes_ratio,
-        bytes=inspection.bytes,
-        calibration_data=recipe.calibration.data,
-        calibration_tokens=sum(len(window) for window in windows.calibration),
-        windows_sha256=tokens_hash(windows.calibration),
-        seed=recipe.calibration.seed,
-        dtype=str(walker.dtype).removeprefix("torch."),
-        device=str(where),
-        dev=DevPerplexity(
-            dense=summarize(dense_losses)[0],
-            compressed=summarize(compressed_losses)[0],
-            tokens=sum(len(loss) for loss in dense_losses),
-            windows=len(windows.dev),
-            seqlen=len(windows.dev[0]),
-        ),
-        verification=verification,
-        layers=run.layers,
-        tables=run.tables,
-        tuning=run.tuned,
-        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
-    )
-    write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
-    writer.publish(partial, out)
-    for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
-        (out / name).unlink()
-    progress(Progress("verify", 1, 1))
-    return report
-
-
-class _Run:
-    """State that moves from block to block: the activation streams, and what has been reported so far."""
-
-    def __init__(
-        self,
-        walker: BlockWalker,
-        stages: dict[str, StageConfig],
-        recipe: Recipe,
-        windows: Windows,
-        journal: Journal,
-        progress: OnProgress,
-    ) -> None:
-        self.walker, self.stages, self.embeddings, self.windows = walker, stages, recipe.embeddings, windows
-        self.tuning, self.seed = recipe.tuning, recipe.calibration.seed
-        self.journal, self.progress = journal, progress
-        self.hidden: list[Tensor] = []  # calibration activations of the compressed model ...
-        self.more: list[Tensor] = []  # ... and those of further windows to tune on
-        self.dense: list[Tensor] = []  # both of the dense model, when there is something to tune
-        self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
-        self.dev_dense: list[Tensor] = []  # ... and of the dense one
-        self.tensors = walker.stored()
-        self.layers: list[LayerReport] = []
-        self.tables: list[TableReport] = []
-        self.tuned: list[TuningReport] = []
-
-    def all_blocks(self) -> int:
-        """Embed, then take every block through its work; returns how many were resumed from the journal."""
-        walker = self.walker
-        self.progress(Progress("embed", 0, 1))
-        table = self._quantized_embedding()
-        self.hidden = walker.embed(self.windows.calibration, table)
-        self.dev = walker.embed(self.windows.dev, table)
-        self.dev_dense = [x.clone() for x in self.dev] if table is None else walker.embed(self.windows.dev)
-        if self.tuning is not None:
-            if self.tuning.block is not None and self.windows.tuning:
-                self.more = walker.embed(self.windows.tuning, table)
-            parts = [part for part in (self.windows.calibration, self.windows.tuning) if part]
-            self.dense = [x for part in parts for x in walker.embed(part)]
+    with writer.alone_in(partial):
+        with writer.no_empty_leftover(partial):
+            writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+            tokenizer = load_tokenizer(source.path)
+            samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
+            windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
+        del tokenizer
         release_memory()
-        resumed = 0
-        for index in range(walker.n_blocks):
-            resumed += self._one_block(index)
-            release_memory()
-        self.hidden, self.more = [], []  # what follows needs the memory
-        return resumed
+        settings = (recipe.to_yaml(), str(walker.dtype), where.type)
+        identity = fingerprint(checkpoint, [*windows.all, *windows.dev], *settings)
+        journal = Journal(partial, identity, fresh)
+        run = Run(walker, stages, recipe, windows, journal, progress)
+        resumed = run.all_blocks()
+        parts = run.whole(identity)
 
-    def _quantized_embedding(self) -> Table | None:
-        """Quantize the embedding and the head, or take them from the journal, when the recipe says so."""
-        if self.embeddings is None:
-            return None
-        part, tables = vocabulary.PART, self.walker.tables()
-        entry = self.journal.done(part)
-        if entry is None:
-            self.progress(Progress("embed", 0, 1, f"rounding to {self.embeddings.numbers}"))
-            reports, packed = vocabulary.quantize_tables(tables.values(), self.embeddings, self.walker.device)
-            writer.write_part(self.journal.folder / part, packed)
-            self.journal.record(part, tables=[report.model_dump() for report in reports])
-            entry = self.journal.entries[-1]
-        self.tables = [TableReport.model_validate(report) for report in entry["tables"]]
-        return self._quantized(tables[self.walker.embedding])
-
-    def _quantized(self, table: Table) -> Table | None:
-        """The journal's form of a dense embedding or head; None when the recipe leaves it dense."""
-        if self.embeddings is None:
-            return None
-        return vocabulary.quantized(table, self.embeddings, self.journal.folder / vocabulary.PART)
-
-    def _one_block(self, index: int) -> bool:
-        """Solve block `index`, or take it from the journal; every stream becomes the block's outputs on it."""
-        walker, part = self.walker, part_name(index)
-        self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
-        with walker.block(index) as block:
-            linears = self._linears_of(index)
-            first, *others = self.dev_dense
-            groups = input_groups(linears, lambda: self._propagate(index, block, [first]))
-            self._propagate(index, block, [*others, *self.dense])
-            entry = self.journal.done(part)
-            resumed = entry is not None
-            if entry is not None:
-                self.stages.update(with_sparsities(self.stages, entry.get("sparsities", {})))
-                self._fill(index, block, writer.read_part(self.journal.folder / part))
-            else:
-                # One batch tells the linears of a block apart.
-                sparsities = allocate(partial(walker.run, index, block), linears, self.stages, self.hidden[:1])
-                self.stages.update(with_sparsities(self.stages, sparsities))
-                dense = {name: linear.weight for name, linear in linears.items() if self._tunes_blocks}
-                layers, packed = self._solve(index, block, linears, groups)
-                tuned = self._tune(index, block, packed, dense)
-                del dense
-                writer.write_part(self.journal.folder / part, packed)
-                del packed
-                self.journal.record(
-                    part,
-                    layers=[layer.model_dump() for layer in layers],
-                    tuning=[row.model_dump() for row in tuned],
-                    sparsities=sparsities,
-                )
-            if resumed or self._tunes_blocks:
-                self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
-            entry = self.journal.done(part) or {}
-            self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
-            self.tuned += [TuningReport.model_validate(report) for report in entry["tuning"]]
-        self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
-        return resumed
-
-    @property
-    def _tunes_blocks(self) -> bool:
-        return self.tuning is not None and self.tuning.block is not None
-
-    def _tune(
-        self, index: int, block: nn.Module, packed: dict[str, Tensor], dense: Mapping[str, Tensor]
-    ) -> list[TuningReport]:
-        """Train the solved block, whose weights were `dense`, when the recipe says so; `packed` and the block then hold
-        the result."""
-        if self.tuning is None or self.tuning.block is None:
-            return []
-        walker, prefix, settings = self.walker, self.walker.block_prefix(index), self.tuning.block
-        weights = trainable_weights(block, prefix, self.stages, packed, self.tensors, settings.train, dense)
-        train = Pairs([*self.hidden, *self.more], self.dense)
-        dev = Pairs(self.dev, self.dev_dense)
-        report = tune_block(
-            walker,
-            index,
-            block,
-            weights,
-            train,
-            dev,
-            settings,
-            seed=self.seed,
-            say=lambda text: self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {text}")),
+        schemes = {name: stage.scheme(shapes[name]) for name, stage in run.stages.items()}
+        scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
+        if recipe.embeddings is not None:
+            integers = recipe.embeddings.integers()
+            heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
+            scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
+        _assemble(partial, walker, scheme, recipe, parts)
+        release_memory()
+        progress(Progress("verify", 0, 1))
+        verification, compressed_losses = run.verify(partial)
+        dense_losses = walker.losses(run.dev_dense, windows.dev)
+        inspection = inspect_checkpoint(partial)
+        report = CompressionReport(
+            model=source.name,
+            note=source.note,
+            recipe=recipe.name,
+            out=str(out),
+            seconds=time.monotonic() - begin,
+            peak_rss_gb=peak_rss_gb(),
+            blocks=walker.n_blocks,
+            blocks_resumed=resumed,
+            effective_bits=inspection.effective_bits,
+            effective_bits_model=inspection.effective_bits_model,
+            linear_bytes_ratio=inspection.linear_bytes_ratio,
+            bytes=inspection.bytes,
+            calibration_data=recipe.calibration.data,
+            calibration_tokens=sum(len(window) for window in windows.calibration),
+            windows_sha256=tokens_hash(windows.calibration),
+            seed=recipe.calibration.seed,
+            dtype=str(walker.dtype).removeprefix("torch."),
+            device=str(where),
+            dev=DevPerplexity(
+                dense=summarize(dense_losses)[0],
+                compressed=summarize(compressed_losses)[0],
+                tokens=sum(len(loss) for loss in dense_losses),
+                windows=len(windows.dev),
+                seqlen=len(windows.dev[0]),
+            ),
+            verification=verification,
+            layers=run.layers,
+            tables=run.tables,
+            tuning=run.tuned,
+            versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
         )
-        if report.note is None and report.best_step > 0:
-            packed.update(stored_tensors(weights, prefix, packed))
-            self._fill(index, block, packed)
-        release_memory()
-        return [report]
-
-    def _linears_of(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of block `index` to work on, those that will select their inputs ready to do so."""
-        linears = {n: m for n, m in self.walker.block_linears(index).items() if n in self.stages}
-        for name, linear in linears.items():
-            if self.stages[name].selection is not None:
-                linears[name] = SelectingLinear.like(linear)
-                self.walker.model.set_submodule(name, linears[name])
-        return linears
-
-    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
-        """Replace the block's inputs in `stream` by its outputs."""
-        for x in stream:
-            x.copy_(self.walker.run(index, block, x))
-
-    @torch.no_grad()
-    def _solve(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], groups: list[list[str]]
-    ) -> tuple[list[LayerReport], dict[str, Tensor]]:
-        """Solve and replace the block's linears, group by group, on the compressed stream, and propagate that stream.
-
-        Also returns what the checkpoint will store for them, by full tensor name.
-        """
-        walker, prefix = self.walker, self.walker.block_prefix(index)
-        layers: list[LayerReport] = []
-        packed: dict[str, Tensor] = {}
-
-        # Not `walker.run`: a pass that is dropped half-way would restore the grad mode it found, whenever that happens.
-        run = partial(walker.call, index, block, weights={})
-        calibration, dev = ([PausingPass(run, x) for x in stream] for stream in (self.hidden, self.dev))
-        with pauses({group[0]: linears[group[0]] for group in groups}):
-            for group in groups:
-                hessian = any(needs_of(self.stages[name]) == "hessian" for name in group)
-                statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
-                # The paused passes hold these tensors themselves.
-                seen, unseen = ([forward.run_to(group[0]) for forward in passes] for passes in (calibration, dev))
-                for x in seen:
-                    statistics.add(x)
-                release_memory()  # the solvers need other sizes than the forward passes left behind
-                for name in group:
-                    layer, tensors = solve_linear(
-                        name,
-                        linears[name],
-                        self.stages[name],
-                        self.tensors[f"{name}.weight"].dtype,
-                        statistics,
-                        seen,
-                        unseen,
-                    )
-                    layers.append(layer)
-                    packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-                    done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
-                    self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
-                del statistics, seen, unseen
-                release_memory()  # and the other way round
-            # Nobody calibrates on the last block's outputs, and a block to be tuned needs its inputs once more.
-            unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
-            unfinished += zip(dev, self.dev, strict=True)
-            for forward, x in [] if self._tunes_blocks else unfinished:
-                x.copy_(forward.finish())
-        return layers, packed
-
-    def whole(self, identity: str) -> list[str]:
-        """Train the whole model when the recipe says so; returns the names of the parts that make the checkpoint."""
-        blocks = [part_name(index) for index in range(self.walker.n_blocks)]
-        others = [] if self.embeddings is None else [vocabulary.PART]
-        if self.tuning is None or self.tuning.end_to_end is None:
-            return [*others, *blocks]
-        tables = {name: self._quantized(table) for name, table in self.walker.tables().items()}
-        job = Job(
-            walker=self.walker,
-            stages=self.stages,
-            settings=self.tuning.end_to_end,
-            windows=self.windows,
-            journal=self.journal,
-            tensors=self.tensors,
-            blocks=blocks,
-            embedding=tables[self.walker.embedding],
-            head=tables[self.walker.head_table],
-            run=identity,
-            seed=self.seed,
-        )
-
-        def say(done: int, total: int, text: str) -> None:
-            self.progress(Progress("end_to_end", done, total, text))
-
-        remember_teacher(job, self.dense, self.dev_dense, say)
-        self.dense = []
-        release_memory()
-        tuned = tune_whole(job, say)
-        self.dev = tuned.dev
-        self.tuned.append(tuned.report)
-        return [*others, *tuned.parts]
-
-    def _fill(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Give the dense block the weights that the stored `tensors` (by full name) stand for."""
-        rest = dict(tensors)
-        for name, linear in self.walker.block_linears(index).items():
-            if name in self.stages:
-                suffixes = {key[len(name) + 1 :]: rest.pop(key) for key in tensors if key.startswith(name + ".")}
-                shape = (linear.out_features, linear.in_features)
-                scheme, device = self.stages[name].scheme(shape), linear.weight.device
-                weight = effective_weight(scheme, suffixes, shape, linear.weight.dtype)
-                linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
-                if isinstance(linear, SelectingLinear):
-                    linear.selection = selection_of(scheme, {key: part.to(device) for key, part in suffixes.items()})
-        for name, tensor in rest.items():
-            block.get_parameter(name[len(self.walker.block_prefix(index)) + 1 :]).copy_(tensor)
-
-    def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
-        """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.
-
-        Raises RunError on a mismatch.
-        """
-        reloaded = BlockWalker(Checkpoint(folder), self.walker.device, self.walker.dtype)
-        stream = reloaded.embed(self.windows.dev)
-        for index in range(reloaded.n_blocks):
-            with reloaded.block(index) as block:
-                if self.walker.dtype not in _TOLERANCE:
-                    # In 16 bits the run multiplies effective weights rounded to the dtype; kernels and branches do not
-                    # round them, and over many blocks that adds up to more than a damaged tensor might.
-                    expand_linears(block, self.walker.dtype)
-                for x in stream:
-                    x.copy_(reloaded.run(index, block, x))
-            release_memory()
-        difference = max(float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True))
-        tolerance = _TOLERANCE.get(self.walker.dtype, 1e-3)
-        if not difference <= tolerance:
-            (folder / writer.JOURNAL).write_text("")  # these parts must not be resumed
-            raise RunError(
-                f"{folder}: the reloaded checkpoint's outputs differ by {difference:.2e} (relative RMS, allowed"
-                f" {tolerance:.0e}); the artifact was not published, please report this"
-            )
-        losses = [loss.cpu() for loss in reloaded.losses(stream, self.windows.dev)]
-        return Verification(relative_difference=difference, tolerance=tolerance), losses
-
-
-def part_name(index: int) -> str:
-    """File name of block `index`'s finished part in the work folder."""
-    return f"block-{index:05d}.safetensors"
+        if fingerprint(checkpoint, [*windows.all, *windows.dev], *settings) != identity:
+            raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
+        write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
+        writer.publish(partial, out)
+        for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
+            (out / name).unlink()
+        progress(Progress("verify", 1, 1))
+        return report
 
 
 def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe, parts: Sequence[str]) -> None:

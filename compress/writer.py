@@ -8,6 +8,7 @@ folder is renamed to `DIR`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -67,6 +68,28 @@ def prepare(out: Path, overwrite: bool) -> Path:
     except OSError as error:
         raise InputError(f"{partial}: cannot be written ({error.strerror}); choose another --out") from None
     return partial
+
+
+@contextmanager
+def alone_in(partial: Path) -> Iterator[None]:
+    """Hold the work folder while the `with` lasts; raises InputError while another process does.
+
+    The lock goes with the process, however it ends. Where folders cannot be locked (Windows) nothing is held.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{partial}: another run works in it; wait for it, or choose another --out") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

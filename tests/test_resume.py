@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,30 @@ def test_a_file_in_the_way_is_refused(dense: Path, small_recipe: Recipe, tmp_pat
         assert "not a folder" in fails(InputError, dense, small_recipe, tmp_path / "out", overwrite=overwrite)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_two_runs_into_one_folder_at_once(dense: Path, whole: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    def second(step: Progress) -> None:
+        if step.stage == "blocks" and not refusals:
+            refusals.append(fails(InputError, dense, small_recipe, tmp_path / "out"))
+
+    compress_checkpoint(dense, small_recipe, tmp_path / "out", progress=second)
+    assert "another run works in it" in refusals[0]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_model_that_changes_during_the_run_is_noticed(dense: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+
+    def change(step: Progress) -> None:
+        if step.stage == "verify":
+            os.utime(next(model.glob("*.safetensors")), (1, 1))
+
+    with pytest.raises(RunError, match="changed during the run") as caught:
+        compress_checkpoint(model, small_recipe, tmp_path / "out", progress=change)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
