@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -56,3 +58,14 @@ def process(*arguments: Any, cwd: Path) -> Result:
     command = [sys.executable, "-m", "halfweight", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, env=env, check=False)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def load_script(name: str) -> ModuleType:
+    """The module of scripts/<name>.py, which is no part of the package."""
+    file = Path(__file__).resolve().parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from commands import load_script
 from halfweight.triton_kernels.cpu import jit
 
 pytestmark = pytest.mark.skipif(not jit.available()[0], reason=jit.available()[1])
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz.py"
 
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fuzz")
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "recipe", "text"])

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from commands import load_script
+
 pytest.importorskip("triton")
 
 from halfweight.triton_kernels import cost
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "gpu_suite.py"
-
 
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_suite")
 
 
 def test_summary(suite: ModuleType) -> None:

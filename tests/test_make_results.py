@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -11,14 +10,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_results.py"
+from commands import load_script
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    spec = importlib.util.spec_from_file_location("make_results", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("make_results")
     monkeypatch.setattr(sys, "argv", ["make_results.py", *map(str, arguments)])
     module.main()
 
