@@ -44,9 +44,9 @@ def export_checkpoint(
     """
     begin = time.monotonic()
     source, out = Path(path), Path(out)
-    if to not in get_args(Target):
+    target: Target | None = next((known for known in get_args(Target) if known == to), None)
+    if target is None:
         raise InputError(f"--to {to} is unknown{did_you_mean(to, list(get_args(Target)))}")
-    target: Target = to  # type: ignore[assignment]  # just checked
     if target == "gguf":
         require_package()
         _check_file(out, overwrite)

@@ -221,7 +221,8 @@ class TrainedLinear(nn.Module):
             self.v = FloatWeight(Logical(tensors["V"][0].T, None, None), "branch", train)
             self.u = FloatWeight(Logical(tensors["U"], None, None), "branch", train)
             return
-        (n, k), allowed = shape, CodeRange.of(branch.parts[0].integers.bits, True)  # type: ignore[union-attr]
+        assert branch.integers is not None  # it has parts
+        (n, k), allowed = shape, CodeRange.of(branch.integers.bits, True)
         inside: list[Part] = ["scales"] if "branch" in train else []
         if inside and "weights" in train and codes:
             inside.append("weights")

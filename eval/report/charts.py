@@ -183,8 +183,8 @@ def _grid(x: Axis | None, y: Axis, left: float, right: float, top: float, bottom
             line.format(left, y.at(tick), right, y.at(tick)),
             _text(left - 6, y.at(tick) + 4, _short(tick), "tick", "end"),
         ]
-    for tick in [] if x is None else x.ticks:
-        parts.append(_text(x.at(tick), bottom + 15, _short(tick), "tick", "middle"))  # type: ignore[union-attr]
+    if x is not None:
+        parts += [_text(x.at(tick), bottom + 15, _short(tick), "tick", "middle") for tick in x.ticks]
     base = Markup('<line class="axis" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
     return Markup("").join([*parts, base.format(left, bottom, right, bottom)])
 
