@@ -296,7 +296,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(
     rounded, grid = turned(start.codes.float()), Grid(start.scales.float(), zeros.float())
     before = torch.inf
     for rounds in (0, 1, 2, 5, 60):
-        better, moved = descend(
+        better, moved, begun, ended = descend(
             *(weight, hessian, rounded, grid, mask),
             allowed=codes,
             group_size=group,
@@ -308,6 +308,8 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(
         values = grid_values(better, wide)
         now = loss(weight, hessian, values)
         assert now <= before * (1 + 1e-5)
+        assert ended == pytest.approx(now, rel=1e-4)
+        assert begun >= ended * (1 - 1e-6)
         before = now
         assert (moved.scales == moved.scales.half().float()).all()
         assert (better >= codes.low).all()

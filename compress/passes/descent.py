@@ -7,12 +7,23 @@ step raises the error.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .quantization import CodeRange, Grid, as_fp16, grid_values, round_to_grid, split_groups, spread_grid
 
 _BLOCK = 64  # columns between updates of all gradients, with groups along the outputs
+
+
+class Descended(NamedTuple):
+    """`codes` `[N, K]` (fp32 whole numbers), their `grid`, and tr((Q - W) H (Q - W)^T) `before` and `after`."""
+
+    codes: Tensor
+    grid: Grid
+    before: float
+    after: float
 
 
 def descend(
@@ -26,8 +37,8 @@ def descend(
     group_size: int,
     rounds: int,
     along_outputs: bool = False,
-) -> tuple[Tensor, Grid]:
-    """Better codes `[N, K]` and grids (fp32 whole numbers; scales that fit fp16), after `rounds` passes.
+) -> Descended:
+    """Better codes and grids (scales that fit fp16) after `rounds` passes.
 
     `weight` `[N, K]` is the target, `hessian` `[K, K]` positive definite, `mask` `[N, K]` the kept weights (None: all),
     whose codes outside are the zero point. Grids are `[N, J]`, or `[K, J]` with groups `along_outputs`.
@@ -43,13 +54,15 @@ def descend(
         spread = torch.arange(size, device=codes.device) // group_size
         current = grid_values(rounded, Grid(scales[spread], zeros[spread]))
     # Half the negative gradient; what is left of it at the end of a block is all that moved inside it.
-    residual = hessian @ (weight.T - current)
+    missing = weight.T - current
+    residual = hessian @ missing
+    before = _inner(missing, residual)
     diagonal = hessian.diagonal()
     for _ in range(rounds):
         for group, start in enumerate(range(0, size, step)):
             stop = min(start + step, size)
             inside = hessian[start:stop, start:stop]
-            before, pull = current[start:stop].clone(), residual[start:stop].clone()
+            begun, pull = current[start:stop].clone(), residual[start:stop].clone()
             if not along_outputs:
                 direction = rounded[start:stop] - zeros[group]
                 along = inside @ direction
@@ -73,10 +86,13 @@ def descend(
                 pull.addr_(inside[:, i], moved, alpha=-1)
                 current[column] += moved
                 rounded[column] = code
-            residual.addmm_(hessian[:, start:stop], current[start:stop] - before, alpha=-1)
-    if along_outputs:
-        return rounded.T.contiguous(), Grid(scales, zeros)
-    return rounded.T.contiguous(), Grid(scales.T.contiguous(), zeros.T.contiguous())
+            residual.addmm_(hessian[:, start:stop], current[start:stop] - begun, alpha=-1)
+    found = Grid(scales, zeros) if along_outputs else Grid(scales.T.contiguous(), zeros.T.contiguous())
+    return Descended(rounded.T.contiguous(), found, before, _inner(weight.T - current, residual))
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float(torch.vdot(a.flatten(), b.flatten()))
 
 
 def _scale_step(scales: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:

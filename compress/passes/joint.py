@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from .base import PruneResult, SweepSettings
@@ -50,13 +51,13 @@ def sweep_and_descend(
         choose=None if choose is None else choose(upper, order, spans),
     )
     del upper
-    stats = {"damping": damping}
+    stats, wanted = {"damping": damping}, output_power(target, hessian)
     if start is not target:
-        stats["error_pruned"] = relative_loss(target, start, hessian)
-    stats["error_swept"] = relative_loss(target, swept.weight, hessian)
+        stats["error_pruned"] = relative_loss(target, start, hessian, wanted)
     undamped = hessian.diagonal().clone()
-    hessian.diagonal().add_(damping * undamped.mean())
-    codes, grid = descend(
+    shift = damping * float(undamped.mean())
+    hessian.diagonal().add_(shift)
+    found = descend(
         target,
         hessian,
         swept.codes,
@@ -68,14 +69,26 @@ def sweep_and_descend(
         along_outputs=bool(outputs),
     )
     hessian.diagonal().copy_(undamped)
-    codes = codes.T if outputs else codes
-    values = grid_values(codes, spread_grid(grid, settings.group_size, codes.shape[1]))
+    codes = found.codes.T if outputs else found.codes
+    values = grid_values(codes, spread_grid(found.grid, settings.group_size, codes.shape[1]))
     weight = values.T.contiguous() if outputs else values
-    stats["error"] = relative_loss(target, weight, hessian)
-    return PruneResult(weight, swept.mask, stats, as_quantized(codes, grid, allowed))
+
+    def undamped_error(power: float, weight: Tensor) -> float:
+        return max(0.0, power - shift * float((weight - target).square().sum())) / wanted if wanted else 0.0
+
+    stats["error_swept"] = undamped_error(found.before, swept.weight)
+    stats["error"] = undamped_error(found.after, weight)
+    return PruneResult(weight, swept.mask, stats, as_quantized(codes, found.grid, allowed))
 
 
-def relative_loss(target: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||x (weight - target)^T||^2 / ||x target^T||^2 on the calibration inputs; 0 when both are zero."""
-    wanted, delta = float(((target @ hessian) * target).sum()), weight - target
-    return float(((delta @ hessian) * delta).sum()) / wanted if wanted else 0.0
+def relative_loss(target: Tensor, weight: Tensor, hessian: Tensor, wanted: float) -> float:
+    """||x (weight - target)^T||^2 / ||x target^T||^2 on the calibration inputs; 0 when both are zero.
+
+    `wanted` is the denominator, `output_power(target, hessian)`.
+    """
+    return output_power(weight - target, hessian) / wanted if wanted else 0.0
+
+
+def output_power(weight: Tensor, hessian: Tensor) -> float:
+    """||x weight^T||^2 for `weight` `[N, K]` on inputs x with `hessian` `[K, K]`."""
+    return float(torch.vdot((weight @ hessian).flatten(), weight.flatten()))

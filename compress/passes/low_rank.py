@@ -15,7 +15,7 @@ from ...triton_kernels.formats.integers import Quantized
 from ..statistics import InputStatistics
 from .base import Branch, Pass, PruneResult, StageConfig
 from .hessian import damped_cholesky, revive_dead_inputs
-from .joint import relative_loss
+from .joint import output_power, relative_loss
 from .quantization import CodeRange, quantize
 
 _DAMPING = 0.01
@@ -43,8 +43,9 @@ def solve(
     result = method.solve(target - u @ v.T, statistics, config)
     u, u_codes = _rounded(fit_outputs(target - result.weight, hessian, v), outer, dtype)
     stats = {name: value for name, value in result.stats.items() if not name.startswith("error")}
-    stats["error_without_branch"] = relative_loss(target, alone.weight, hessian)
-    stats["error"] = relative_loss(target, result.weight + u @ v.T, hessian)
+    wanted = output_power(target, hessian)
+    stats["error_without_branch"] = relative_loss(target, alone.weight, hessian, wanted)
+    stats["error"] = relative_loss(target, result.weight + u @ v.T, hessian, wanted)
     codes = None if v_codes is None or u_codes is None else (v_codes, u_codes)
     return PruneResult(result.weight, result.mask, stats, result.quantized, Branch(v, u, codes))
 

@@ -17,7 +17,10 @@ from ...triton_kernels.formats.integers import Quantized
 
 # The search narrows a group's range from min-max to this fraction of it.
 _NARROWEST = 0.4
+# Floats worked on at a time: what stays in a processor's cache.
 _CACHED = 2**16
+_CACHED_TRIALS = 2**18
+_SMALLEST = 2.0**-24  # the smallest positive fp16 number
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,8 @@ class Grid(NamedTuple):
 
 
 def round_to_grid(weight: Tensor, grid: Grid, codes: CodeRange) -> Tensor:
-    """Nearest codes, fp32 whole numbers, of `weight`; `grid` must broadcast against it. A zero scale gives the zero."""
-    inverse = torch.where(grid.scales > 0, 1 / grid.scales, 0.0)
-    return (weight * inverse + grid.zeros).round_().clamp_(codes.low, codes.high)
+    """Nearest codes, fp32 whole numbers, of `weight`; `grid` must broadcast against it. At a zero scale, any code."""
+    return (weight / grid.scales.clamp_min(_SMALLEST)).add_(grid.zeros).round_().clamp_(codes.low, codes.high)
 
 
 def grid_values(codes: Tensor, grid: Grid) -> Tensor:
@@ -71,21 +73,24 @@ def find_grids(weight: Tensor, importance: Tensor | None, codes: CodeRange, cand
     else:
         width = torch.maximum(low.abs() / (codes.zero - codes.low), high / (codes.high - codes.zero))
         zeros = torch.full_like(width, codes.zero)
-    best = Grid(as_fp16(width), zeros)
     if candidates == 1:
-        return best
-    best_cost = _cost(weight, importance, best, codes)
-    for step in range(1, candidates):
-        trial = Grid(as_fp16(width * (1 - step * (1 - _NARROWEST) / (candidates - 1))), zeros)
-        best, best_cost = _cheaper(best, best_cost, trial, _cost(weight, importance, trial, codes))
-    shifts = (0,) if codes.zero is not None else (0, -1, 1)
-    start = best
-    for shift in shifts:
-        trial = start._replace(zeros=(start.zeros + shift).clamp_(codes.low, codes.high))
+        return Grid(as_fp16(width), zeros)
+    together = max(1, _CACHED_TRIALS // max(1, weight.numel()))
+    shares = torch.linspace(1, _NARROWEST, candidates, device=weight.device).view(-1, *(1,) * width.dim())
+    best = None
+    for part in shares.split(together):
+        scales = as_fp16(width * part)
+        best = _cheapest(weight, importance, Grid(scales, zeros.expand_as(scales)), codes, best)
+    assert best is not None
+    shifts = torch.tensor((0,) if codes.zero is not None else (0, -1, 1), device=weight.device)
+    start = best.grid
+    for part in shifts.view(-1, *(1,) * width.dim()).split(together):
+        shifted = (start.zeros + part).clamp_(codes.low, codes.high)
+        trials = Grid(start.scales.expand_as(shifted), shifted)
         for _ in range(2):
-            trial = _fit_scale(weight, importance, trial, codes)
-            best, best_cost = _cheaper(best, best_cost, trial, _cost(weight, importance, trial, codes))
-    return best
+            trials = _fit_scale(weight, importance, trials, codes)
+            best = _cheapest(weight, importance, trials, codes, best)
+    return best.grid
 
 
 def as_fp16(scales: Tensor) -> Tensor:
@@ -114,7 +119,6 @@ def quantize(
     size = weight.shape[-1]
     groups = split_groups(weight, group_size)
     per_group = None if importance is None else split_groups(importance, group_size)
-    # A few rows at a time stay in the processor's cache.
     rows = max(1, _CACHED // weight[0].numel())
     found = [find_grids(part, per_group, codes, candidates) for part in groups.split(rows)]
     grid = Grid(torch.cat([part.scales for part in found]), torch.cat([part.zeros for part in found]))
@@ -132,7 +136,7 @@ def as_quantized(codes: Tensor, grid: Grid, allowed: CodeRange) -> Quantized:
 
 def _in_steps(weight: Tensor, grid: Grid, codes: CodeRange) -> tuple[Tensor, Tensor]:
     """`weight` in steps of its grid, and rounded to whole steps the grid has; shifting by the zero point is saved."""
-    steps = weight * torch.where(grid.scales > 0, 1 / grid.scales, 0.0)[..., None]
+    steps = weight / grid.scales.clamp_min(_SMALLEST)[..., None]
     low, high = ((bound - grid.zeros)[..., None] for bound in (codes.low, codes.high))
     return steps, steps.round().clamp_(low, high)
 
@@ -153,7 +157,22 @@ def _fit_scale(weight: Tensor, importance: Tensor | None, grid: Grid, codes: Cod
     return grid._replace(scales=as_fp16(torch.where(power > 0, (weighed * weight).sum(-1) / power, 0.0).clamp_(min=0)))
 
 
-def _cheaper(a: Grid, cost_a: Tensor, b: Grid, cost_b: Tensor) -> tuple[Grid, Tensor]:
-    wins = cost_b < cost_a
-    grid = Grid(torch.where(wins, b.scales, a.scales), torch.where(wins, b.zeros, a.zeros))
-    return grid, torch.where(wins, cost_b, cost_a)
+class _Costed(NamedTuple):
+    """A grid of each group and what it costs, both `[...]`."""
+
+    grid: Grid
+    cost: Tensor
+
+
+def _cheapest(
+    weight: Tensor, importance: Tensor | None, trials: Grid, codes: CodeRange, best: _Costed | None
+) -> _Costed:
+    """The cheapest for each group of `best` and the `trials` `[T, ...]`; the earlier of equals."""
+    costs = _cost(weight, importance, trials, codes)
+    cost, index = costs.min(0)
+    found = Grid(*(part.gather(0, index[None])[0] for part in trials))
+    if best is None:
+        return _Costed(found, cost)
+    wins = cost < best.cost
+    grid = Grid(*(torch.where(wins, *pair) for pair in zip(found, best.grid, strict=True)))
+    return _Costed(grid, cost.minimum(best.cost))

@@ -114,10 +114,9 @@ def sweep(
             position = start + i
             grid = grids.of_column(position, block, columns, kept, start)
             code = round_to_grid(block[i], grid, codes)
-            value = grid_values(code, grid)
             if choose is not None:
-                value *= kept[position]
                 code = torch.where(kept[position], code, grid.zeros)
+            value = grid_values(code, grid)
             error = (block[i] - value) / scale[position]
             block[i + 1 :].addr_(upper[position, position + 1 : stop], error, alpha=-1)
             block[i], rounded[position], errors[i] = value, code, error
@@ -150,7 +149,8 @@ class _InputGroups:
     def __init__(self, rows: int, spans: Sequence[Span], scale: Tensor, codes: CodeRange, candidates: int) -> None:
         self.scale, self.codes, self.candidates = scale, codes, candidates
         self.pending = {span.start: span for span in spans}
-        self.grids = Grid(*scale.new_empty(2, len(spans), rows).unbind(0))
+        empty = scale.new_zeros(len(spans), rows)
+        self.grids = Grid(empty, torch.full_like(empty, codes.zero or 0))
         self.current = self.grids
 
     def of_column(self, position: int, block: Tensor, columns: Tensor, kept: Tensor, start: int) -> Grid:
@@ -158,12 +158,19 @@ class _InputGroups:
         if span is None:
             return self.current
         if span.stop <= start + len(block):
-            inside = block[span.start - start : span.stop - start] * kept[span.start : span.stop]
+            stays = kept[span.start : span.stop]
+            inside, rows = block[span.start - start : span.stop - start] * stays, stays.any(0).nonzero()[:, 0]
         else:  # only the first block of a large span has begun, and nothing in it has changed
-            inside = columns[span.start : span.stop]
+            inside, rows = columns[span.start : span.stop], None
         importance = self.scale[span.start : span.stop].reciprocal().square()
-        self.current = find_grids(inside.T, importance, self.codes, self.candidates)
-        self.grids.scales[span.group], self.grids.zeros[span.group] = self.current
+        self.current = Grid(self.grids.scales[span.group], self.grids.zeros[span.group])
+        if rows is None or len(rows) == inside.shape[1]:
+            found = find_grids(inside.T, importance, self.codes, self.candidates)
+            self.current.scales.copy_(found.scales)
+            self.current.zeros.copy_(found.zeros)
+        else:  # groups pruned whole keep the grid of zeros
+            found = find_grids(inside[:, rows].T, importance, self.codes, self.candidates)
+            self.current.scales[rows], self.current.zeros[rows] = found
         return self.current
 
     def found(self, back: Tensor) -> Grid:
