@@ -192,6 +192,28 @@ def test_another_dtype_than_prepared_for_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["2:4", "2:4 int4", "int4 asymmetric", "1x8", "1x8 layer"])
+def test_expanded_weights_share_one_room(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = half(name), half(name, 1)
+    first.prepare(HALF), second.prepare(HALF)
+    (room,) = gpu._ROOMS.values()
+    op = import_module(f"halfweight.triton_kernels.{first.op}.op")
+    given, compute = [], op.linear
+    monkeypatch.setattr(op, "linear", lambda *args, **more: given.append(more.get("scratch")) or compute(*args, **more))
+    x = torch.randn(64, K).half()
+    for linear in (first, second):
+        want = x.float() @ linear.dense_weight().T + linear.bias
+        linear.prepare(HALF)
+        room.fill_(float("nan"))
+        assert (linear(x).float() - want).norm() < 3e-3 * want.norm()
+        assert not room.isnan().all()
+    monkeypatch.setattr(gpu, "_stream", lambda device: 1)  # as while a graph is captured
+    second(x)
+    assert [scratch is room for scratch in given] == [True, True, False]
+    del room, given[:], first, second, linear
+    assert not gpu._ROOMS
+
+
+@pytest.mark.parametrize("name", ["2:4", "2:4 int4", "int4 asymmetric", "1x8", "1x8 layer"])
 def test_traces_in_one_graph(name: str, launched: list[str]) -> None:
     torch.compiler.reset()
     linear = half(name)

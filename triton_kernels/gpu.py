@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -32,12 +34,14 @@ from .weight import Prepared, Weight
 class Form(NamedTuple):
     """`prepare(weight)` brings stored tensors into the op's GPU order, a named tuple; `restore` (given the weight
     without its tensors) inverts it. FormatError where the order cannot hold the weight. `arguments(form)` are those of
-    the operator, between x and the bias; `settings` of a weight are what `can_run` of the op looks at."""
+    the operator, between x and the bias; `settings` of a weight are what `can_run` of the op looks at. `expands`: many
+    tokens multiply with the weight written out, for which the op's `linear` takes `scratch`."""
 
     prepare: Callable[[Weight], Any]
     restore: Callable[[Any, Weight], Mapping[str, Tensor | None]]
     arguments: Callable[[Any], tuple[Any, ...]] = tuple
     settings: tuple[str, ...] = ("group_size",)
+    expands: bool = True
 
 
 def _integers(weight: Weight) -> int4.Prepared:
@@ -106,10 +110,16 @@ FORMS: dict[str, Form] = {
     "tied": _INTEGERS,
     "group_int4": Form(_groups, _restore_groups),
     "input_select": Form(
-        lambda weight: input_select.prepare(weight.tensors["weight_t"], _selection(weight)), _restore_input_select
+        lambda weight: input_select.prepare(weight.tensors["weight_t"], _selection(weight)),
+        _restore_input_select,
+        expands=False,
     ),
     "input_select_int4": Form(_input_select_int4, _restore_input_select_int4, _flat, ("group_size", "bits")),
 }
+# Launches of a linear leave sums or an expanded weight for the next; another thread's must not come between.
+_LAUNCHING = threading.Lock()
+# Room for expanded weights, shared by all linears of a device, dtype and stream as long as one of them lives.
+_ROOMS: WeakValueDictionary[tuple[torch.device, torch.dtype, int], Tensor] = WeakValueDictionary()
 _LINEAR_OF = {"tied": "int4"}  # the op whose linear a table's head is
 
 
@@ -156,14 +166,19 @@ def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     form, empty = kind.prepare(weight), replace(weight, tensors={})
     module.register()
     operator = getattr(torch.ops.halfweight, f"{_linear_op(weight.op)}_gpu")
+    stream, room = _stream(weight.device), None
+    if kind.expands:
+        room = _room(weight.device, dtype, stream, module.scratch_numbers(form))
 
     def run(x: Tensor, bias: Tensor | None, **masked: bool) -> Tensor:
         if x.dtype != dtype:
             raise ValueError(f"this linear was prepared for {_name(dtype)} inputs, got {_name(x.dtype)}")
         if torch.compiler.is_compiling():
             return operator(x, *kind.arguments(form), bias, **masked)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return module.linear(x, form, bias, **masked)
+        # On another stream (so while a graph is captured) the allocator finds room that nobody else writes to.
+        scratch = {} if room is None or _stream(x.device) != stream else {"scratch": room}
+        with torch.cuda.device_of(x), _LAUNCHING:  # Triton launches on the current device
+            return module.linear(x, form, bias, **scratch, **masked)
 
     def restore() -> Mapping[str, Tensor]:
         return {name: tensor for name, tensor in kind.restore(form, empty).items() if tensor is not None}
@@ -171,6 +186,20 @@ def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     rows = _lookup(form) if weight.op == "tied" else None
     run_all = None if weight.selection is None else partial(run, masked=False)
     return Prepared("triton", kernels_in_use(weight.op, weight.device), run, restore, rows, run_all)
+
+
+def _room(device: torch.device, dtype: torch.dtype, stream: int, numbers: int) -> Tensor:
+    """At least `numbers` elements, to be kept by those who asked."""
+    key = (device, dtype, stream)
+    room = _ROOMS.get(key)
+    if room is None or room.numel() < numbers:
+        room = torch.empty(numbers, dtype=dtype, device=device)
+        _ROOMS[key] = room
+    return room
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _lookup(form: int4.Prepared) -> Callable[[Tensor, torch.dtype], Tensor]:

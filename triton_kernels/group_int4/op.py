@@ -65,7 +65,7 @@ def expand_and_multiply(
     tiles, tile = -(-prepared.rows // ROWS), ROWS * prepared.columns
     whole = prepared.order is not None
     if scratch is None:
-        scratch = x.new_empty(tile * (tiles if whole else min(tiles, max(1, SCRATCH_NUMBERS // tile))))
+        scratch = x.new_empty(scratch_numbers(prepared))
     step = tiles if whole else scratch.numel() // tile
     for first in range(0, tiles, step):
         part = prepared if whole else rows_of(prepared, first, first + step)
@@ -73,6 +73,12 @@ def expand_and_multiply(
         expand(part, weight, target)
         columns = slice(ROWS * first, ROWS * first + part.rows)
         y[:, columns] = F.linear(x, weight, None if bias is None else bias[columns])
+
+
+def scratch_numbers(prepared: Prepared) -> int:
+    """Elements of `scratch` that `linear` has a use for."""
+    tiles, tile = -(-prepared.rows // ROWS), ROWS * prepared.columns
+    return tile * (tiles if prepared.order is not None else min(tiles, max(1, SCRATCH_NUMBERS // tile)))
 
 
 def expand(prepared: Prepared, weight: Tensor, target: str) -> None:

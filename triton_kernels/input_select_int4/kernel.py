@@ -74,12 +74,13 @@ def _places(
 
 
 @triton.jit
-def _scales(scales, zeros, place, stored, ASYMMETRIC: tl.constexpr):
-    """fp32 scale (0 where nothing is stored) and zero point of entries."""
+def _scales(scales, zeros, place, stored, one, ASYMMETRIC: tl.constexpr):
+    """fp32 scale (0 where nothing is stored) of entries, and their zero point z as 1 + z/16, as `_code` makes codes."""
     scale = tl.load(scales + place, mask=stored, other=0.0).to(tl.float32)
     if ASYMMETRIC:
-        return scale, tl.load(zeros + place, mask=stored, other=0).to(tl.float32)
-    return scale, tl.full(scale.shape, 8.0, tl.float32)
+        pair = tl.load(zeros + (place >> 1), mask=stored, other=0).to(tl.int32)
+        return scale, (((pair << (19 - (place & 1) * 4)) & 0x00780000) | one).to(tl.float32, bitcast=True)
+    return scale, tl.full(scale.shape, 1.5, tl.float32)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def gemv(
 ):
     """One token. Grid `(tiles, chunks)`; fp32 sums go to `out[chunk, column]`. `kept`: entries of a row.
 
-    Code q becomes the float 1 + q/16 by bit operations alone; 16 + zero is taken off again once per group.
+    Codes and zero points q become floats 1 + q/16 by bit operations alone, whose difference is a sixteenth of theirs.
     """
     tile = tl.program_id(0)
     part = 0
@@ -152,9 +153,9 @@ def gemv(
             entry, stored = _places(entries, row, inside, tile, K, kept, section, SECTIONS, SHARE, SPARSE)
             pointers = codes + (entry * SHARE + section % SHARE)[:, :, None] * WORDS + word
             loaded += (tl.load(pointers, mask=stored[:, :, None], other=0, eviction_policy="evict_first"),)
-            scale, zero = _scales(scales, zeros, entry, stored, ASYMMETRIC)
+            scale, zero = _scales(scales, zeros, entry, stored, one, ASYMMETRIC)
             factor = scale * value[:, None]
-            offset += factor * (zero + 16.0)
+            offset += factor * zero
             factors += (factor,)
         for u in tl.static_range(UNROLL):
             added = ()
@@ -165,7 +166,7 @@ def gemv(
     taken_off = tl.sum(offset, 0)
     column = first + (tl.arange(0, SECTIONS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]) * 8
     for j in tl.static_range(8):
-        result = 16.0 * tl.sum(sums[j], 0) - taken_off[:, None]
+        result = 16.0 * (tl.sum(sums[j], 0) - taken_off[:, None])
         tl.store(out + column + j, result, mask=column + j < end)
 
 
@@ -224,9 +225,9 @@ def dot(
         entry, stored = _places(entries, row, inside, tile, K, kept, section, SECTIONS, SHARE, SPARSE)
         pointers = codes + (entry * SHARE + section % SHARE)[:, :, None] * WORDS + word
         loaded = tl.load(pointers, mask=stored[:, :, None], other=0, eviction_policy="evict_first")
-        scale, zero = _scales(scales, zeros, entry, stored, ASYMMETRIC)
-        offset = (scale * (zero + 16.0))[:, :, None]
+        scale, zero = _scales(scales, zeros, entry, stored, one, ASYMMETRIC)
         scale = (scale * 16.0)[:, :, None]
+        offset = scale * zero[:, :, None]
         added = ()
         for j in tl.static_range(8):
             weight = (_code(loaded, j, one) * scale - offset).to(DOT)  # exact before the conversion
@@ -236,3 +237,55 @@ def dot(
     out += (tl.program_id(1) * M + token) * N
     for j in tl.static_range(8):
         tl.store(out + column + j, sums[j], mask=(token < M) & (column + j < end))
+
+
+@triton.jit
+def expand(
+    codes,
+    scales,
+    zeros,
+    entries,
+    tiles,
+    weight,
+    N,
+    K,
+    kept,
+    PARTS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    SHARE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write W^T to `weight[K, N]`, rounded once to its dtype. Grid `(tiles, blocks of K)`."""
+    tile = tl.program_id(0)
+    first = tile * (SECTIONS * WORDS * 8)
+    end = N
+    if PARTS > 1:
+        first = tl.load(tiles + 4 * tile + 1)
+        end = tl.load(tiles + 4 * tile + 2)
+    one = tl.load(tiles + 3)
+    section = tl.arange(0, SECTIONS)[None, :]
+    word = tl.arange(0, WORDS)[None, None, :]
+    row = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = row < K
+    entry, stored = _places(entries, row, inside, tile, K, kept, section, SECTIONS, SHARE, SPARSE)
+    pointers = codes + (entry * SHARE + section % SHARE)[:, :, None] * WORDS + word
+    loaded = tl.load(pointers, mask=stored[:, :, None], other=0, eviction_policy="evict_first")
+    scale, zero = _scales(scales, zeros, entry, stored, one, ASYMMETRIC)
+    scale = (scale * 16.0)[:, :, None]
+    offset = scale * zero[:, :, None]
+    # Joined last, a half of the codes differs in the lowest bit of its place: codes 0 to 7 come to lie in a row.
+    even = tl.join(
+        tl.join(_code(loaded, 0, one), _code(loaded, 4, one)), tl.join(_code(loaded, 2, one), _code(loaded, 6, one))
+    )
+    odd = tl.join(
+        tl.join(_code(loaded, 1, one), _code(loaded, 5, one)), tl.join(_code(loaded, 3, one), _code(loaded, 7, one))
+    )
+    eight = tl.reshape(tl.join(even, odd), (BLOCK_K, SECTIONS, WORDS, 8))
+    values = eight * scale[:, :, :, None] - offset[:, :, :, None]
+    column = first + ((section[:, :, None] * WORDS + word) * 8)[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+    target = weight + row.to(tl.int64)[:, None, None, None] * N + column
+    kept_columns = inside[:, None, None, None] & (column < end)
+    tl.store(target, values.to(weight.dtype.element_ty), mask=kept_columns)

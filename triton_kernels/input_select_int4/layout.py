@@ -8,9 +8,10 @@ A tile has up to eight groups and up to 128 columns.
   groups; bits 8-9, 10-12 and 13-15 how many of them come before groups 2, 4 and 6; from bit 16 the row's entry that
   is the tile's first.
 
-`codes[K, kept * G / 8]` int32 of 8 codes, the first in the low bits; `scales[K, kept]` fp16; `zeros[K, kept]` uint8, or
-None where all are 8. `tiles` as in `input_select.layout`, but their last number is the bits of 1.0, which kernels need.
-Selection and branch are an `input_select.layout.Prepared` whose weight is `U^T` alone.
+`codes[K, kept * G / 8]` int32 of 8 codes, the first in the low bits; `scales[K, kept]` fp16; `zeros` uint8, two zero
+points of all entries in a byte, the even one in the low bits, or None where all are 8. `tiles` as in
+`input_select.layout`, but their last number is the bits of 1.0, which kernels need. Selection and branch are an
+`input_select.layout.Prepared` whose weight is `U^T` alone.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def prepare(
     return Prepared(
         codes=_as_words(codes),
         scales=scales,
-        zeros=None if _all_middle(zeros) else zeros,
+        zeros=None if _all_middle(zeros) else pack_nibbles(zeros.flatten(-2)),
         entries=entries,
         tiles=tiles,
         select=select,
@@ -139,7 +140,9 @@ def restore(prepared: Prepared, *, symmetric: bool) -> tuple[list[Integers] | li
     """Inverse of `prepare`. `symmetric`: dense integers without zeros."""
     _, selection = select_layout.restore(prepared.select._replace(k=0))
     codes = prepared.codes.view(torch.uint8)
-    zeros = torch.full_like(prepared.scales, MIDDLE, dtype=torch.uint8) if prepared.zeros is None else prepared.zeros
+    zeros = torch.full_like(prepared.scales, MIDDLE, dtype=torch.uint8)
+    if prepared.zeros is not None:
+        zeros = unpack_nibbles(prepared.zeros, zeros.shape[-2] * zeros.shape[-1]).view_as(zeros)
     widths, size, stored = prepared.select.parts, prepared.group_size, prepared.stored_group_size
     parts: list[Integers] | list[Groups] = []
     first = 0

@@ -17,23 +17,47 @@ from ..input_select import op as select_op
 from ..input_select import reference as select_reference
 from ..launch import Kernel, Launch, Shape, device_target
 from ..library import register as register_operator
-from . import layout, reference
+from . import layout
 from .layout import Prepared
-from .plan import MATMUL_FROM, Lists, can_run, choose, chunk_size, lists, plan, plan_dot, plan_gemv, plan_pick
+from .plan import (
+    MATMUL_FROM,
+    Lists,
+    can_run,
+    choose,
+    chunk_size,
+    lists,
+    plan,
+    plan_dot,
+    plan_expand,
+    plan_gemv,
+    plan_pick,
+)
 
-__all__ = ["KERNELS", "can_run", "choose", "linear", "matmul", "plan", "plan_dot", "plan_gemv", "plan_pick", "register"]
+__all__ = ["KERNELS", "can_run", "choose", "expand", "linear", "plan", "plan_expand", "register"]
 
 EXAMPLE_GROUP = 128
 EXAMPLE_KEPT_GROUP = 32  # of which half are kept
 
 
-def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked: bool = True) -> Tensor:
-    """`y[..., N]` of `x[..., K]` on a GPU; `masked=False` uses every input (a dense prefill) and no branch."""
+def linear(
+    x: Tensor,
+    prepared: Prepared,
+    bias: Tensor | None = None,
+    *,
+    masked: bool = True,
+    scratch: Tensor | None = None,
+) -> Tensor:
+    """`y[..., N]` of `x[..., K]` on a GPU; `masked=False` uses every input (a dense prefill) and no branch.
+
+    `scratch`: at least N * K elements of x's dtype, where many tokens' dense weight goes; allocated when missing.
+    """
     n, k = prepared.select.n, prepared.select.k
     tokens = x.reshape(-1, k).contiguous()
     m = tokens.shape[0]
     if not masked or choose(m) == "matmul":
-        y = matmul(tokens, prepared, bias, masked=masked)
+        _, selection = select_layout.restore(prepared.select._replace(k=0))
+        weight = expand(prepared, x.dtype, scratch)
+        y = select_reference.linear(tokens, weight, selection, bias, parts=prepared.select.parts, masked=masked)
     else:
         y = tokens.new_empty((m, n))
         for name, launch in plan(tokens, prepared, y, bias, device_target(x.device)) if m else ():
@@ -41,14 +65,20 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
     return y.reshape(*x.shape[:-1], n)
 
 
-def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked: bool = True) -> Tensor:
-    """The same for many tokens `x[M, K]`: the expanded weight, in x's dtype, times the masked tokens."""
-    packed, selection = layout.restore(prepared, symmetric=prepared.zeros is None)
-    widths = prepared.select.parts
-    weight = reference.dense(
-        packed, widths, group_size=prepared.stored_group_size, segments=prepared.segments, dtype=x.dtype
-    )
-    return select_reference.linear(x, weight, selection, bias, parts=widths, masked=masked)
+def expand(prepared: Prepared, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+    """W^T `[K, N]` on its GPU, rounded once to `dtype`; see `linear` for `scratch`."""
+    size = scratch_numbers(prepared)
+    if scratch is None:
+        scratch = torch.empty(size, dtype=dtype, device=prepared.codes.device)
+    weight = scratch[:size].view(prepared.select.k, prepared.select.n)
+    kind = "group_" if prepared.entries is not None else ""
+    _BY_NAME[f"input_select_int4.{kind}expand"].run(plan_expand(prepared, weight, device_target(weight.device)))
+    return weight
+
+
+def scratch_numbers(prepared: Prepared) -> int:
+    """Elements of `scratch` that `linear` has a use for."""
+    return prepared.select.k * prepared.select.n
 
 
 def register() -> None:
@@ -136,6 +166,8 @@ def _random_scales(shape: tuple[int, ...], device: str) -> Tensor:
 def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str, device: str = "meta") -> Launch:
     """The launch of one step of `plan` in which every input is selected by every token."""
     prepared = example_prepared(shape, dtype, sparse=kernel.startswith("group"), device=device)
+    if kernel.endswith("expand"):
+        return plan_expand(prepared, torch.empty((shape.k, shape.n), dtype=dtype, device=device), target)
     x = torch.randn((shape.m, shape.k), device=device).to(dtype)
     shared = lists(prepared, shape.m, dtype)
     if kernel == "pick":
@@ -174,29 +206,38 @@ def _weight_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
 
 def _bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     """With every input selected. Lists and sums of the chunks included."""
-    m, n, k = shape
-    sparse = kernel.startswith("group")
-    width = layout.tile_width(EXAMPLE_KEPT_GROUP if sparse else EXAMPLE_GROUP)
-    tiles = -(-n // width)
-    chunks = -(-k // chunk_size(k, tiles))
-    picked = 4 * k + 16 * -(-chunks // 4) + m * k * dtype.itemsize
     if kernel == "pick":
-        return picked + m * k * dtype.itemsize + 4
-    scales = 3 * k * _kept(n) + 4 * tiles * k if sparse else 2 * k * tiles
-    return _weight_bytes(shape, dtype, kernel=kernel) + scales + picked + min(32, 16 * tiles) + 4 * chunks * m * n
+        return _other_bytes(shape, dtype, kernel=kernel)
+    entries, tiles = shape.k * _kept(shape.n), -(-shape.n // _width(kernel))
+    sparse = 2 * entries + -(-entries // 2) + 4 * tiles * shape.k
+    scales = sparse if kernel.startswith("group") else 2 * shape.k * tiles
+    return _weight_bytes(shape, dtype, kernel=kernel) + scales + _other_bytes(shape, dtype, kernel=kernel)
 
 
 def _minimum_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     """As `_bytes`, with the weights as the files hold them."""
     if kernel == "pick":
-        return _bytes(shape, dtype, kernel=kernel)
+        return _other_bytes(shape, dtype, kernel=kernel)
+    scales = 4 * _kept(shape.n) if kernel.startswith("group") else 2 * -(-shape.n // EXAMPLE_GROUP)
+    return _weights(shape, kernel=kernel) // 2 + shape.k * scales + _other_bytes(shape, dtype, kernel=kernel)
+
+
+def _other_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
+    """Besides the weight."""
     m, n, k = shape
-    sparse = kernel.startswith("group")
-    tiles = -(-n // layout.tile_width(EXAMPLE_KEPT_GROUP if sparse else EXAMPLE_GROUP))
-    chunks = -(-k // chunk_size(k, tiles))
-    lists_and_sums = 4 * k + 16 * -(-chunks // 4) + m * k * dtype.itemsize + min(32, 16 * tiles) + 4 * chunks * m * n
-    scales = 4 * k * _kept(n) if sparse else 2 * k * -(-n // EXAMPLE_GROUP)
-    return _weights(shape, kernel=kernel) // 2 + scales + lists_and_sums
+    tiles = -(-n // _width(kernel))
+    table, chunks = min(32, 16 * tiles), -(-k // chunk_size(k, tiles))
+    if kernel.endswith("expand"):
+        return k * n * dtype.itemsize + table
+    picked = 4 * k + 16 * -(-chunks // 4) + m * k * dtype.itemsize
+    if kernel == "pick":
+        return picked + m * k * dtype.itemsize + 4
+    return picked + table + 4 * chunks * m * n
+
+
+def _width(kernel: str) -> int:
+    """Columns of a tile of the example."""
+    return layout.tile_width(EXAMPLE_KEPT_GROUP if kernel.startswith("group") else EXAMPLE_GROUP)
 
 
 def _kernel(name: str, m_range: tuple[int, int], budget: dict[torch.dtype, float] | None) -> Kernel:
@@ -222,5 +263,7 @@ KERNELS = (
     _kernel("dot", (2, MATMUL_FROM - 1), None),
     _kernel("group_gemv", (1, 1), {torch.float16: 7.5, torch.bfloat16: 7.5}),
     _kernel("group_dot", (2, MATMUL_FROM - 1), None),
+    _kernel("expand", (MATMUL_FROM, 2**20), None),
+    _kernel("group_expand", (MATMUL_FROM, 2**20), None),
 )
 _BY_NAME = {kernel.name: kernel for kernel in (*KERNELS, *select_op.KERNELS)}

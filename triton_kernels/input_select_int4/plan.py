@@ -2,7 +2,8 @@
 
 `pick` lists the selected inputs of every chunk of K; `gemv` (one token) or `dot` (2 to 63) leave fp32 sums of each
 chunk in the workspace; then `input_select.reduce`, or `input_select`'s kernels on `U^T` where there is a low-rank
-branch, add them up in a fixed order. From 64 tokens on the weight is expanded and multiplied with the masked tokens.
+branch, add them up in a fixed order. From 64 tokens on `expand` writes the weight out, to be multiplied with the
+masked tokens.
 """
 
 from __future__ import annotations
@@ -143,23 +144,38 @@ def plan_dot(x: Tensor, prepared: Prepared, shared: Lists, target: str, dot_dtyp
     )
 
 
+def plan_expand(prepared: Prepared, weight: Tensor, target: str) -> Launch:
+    """`weight` `[K, N]`, of any float type, receives W^T."""
+    constants = _constants(prepared)
+    del constants["CHUNK"]
+    block = 128 * constants["WORDS"] // (tile_width(prepared.group_size) // 8)  # one load of a thread each
+    return Launch(
+        grid=(len(prepared.tiles), -(-prepared.select.k // block)),
+        arguments={**_stored(prepared), "weight": weight},
+        constants={**constants, "BLOCK_K": block},
+        num_warps=128 // _lanes(target),
+    )
+
+
 def _grid(prepared: Prepared) -> tuple[int, int]:
     tiles, k = len(prepared.tiles), prepared.select.k
     return tiles, -(-k // chunk_size(k, tiles))
 
 
 def _arguments(prepared: Prepared, shared: Lists) -> dict[str, Any]:
-    """What `gemv` and `dot` share. Absent tensors are stood in for by present ones; the constants turn them off."""
+    """What `gemv` and `dot` share."""
+    lists = {"rows": shared.rows, "values": shared.values, "counts": shared.counts, "out": shared.partial}
+    return {**_stored(prepared), **lists}
+
+
+def _stored(prepared: Prepared) -> dict[str, Any]:
+    """The weight. Absent tensors are stood in for by present ones; the constants turn them off."""
     return {
         "codes": prepared.codes,
         "scales": prepared.scales,
         "zeros": prepared.codes if prepared.zeros is None else prepared.zeros,
         "entries": prepared.tiles if prepared.entries is None else prepared.entries,
-        "rows": shared.rows,
-        "values": shared.values,
-        "counts": shared.counts,
         "tiles": prepared.tiles,
-        "out": shared.partial,
         "N": prepared.select.n,
         "K": prepared.select.k,
         "kept": prepared.kept,

@@ -72,8 +72,7 @@ def expand_and_multiply(
     x: Tensor, prepared: Prepared, bias: Tensor | None, y: Tensor, target: str, scratch: Tensor | None = None
 ) -> None:
     """`y[M, N] = x[M, K] W^T + bias`, expanding as many rows of W at a time as `scratch` holds."""
-    size = min(16 * prepared.codes.shape[0] * prepared.columns, max(SCRATCH_NUMBERS, 16 * prepared.columns))
-    scratch = x.new_empty(size) if scratch is None else scratch.flatten()
+    scratch = x.new_empty(scratch_numbers(prepared)) if scratch is None else scratch.flatten()
     step = scratch.numel() // (16 * prepared.columns)  # tiles
     for first in range(0, prepared.codes.shape[0], step):
         part = rows_of(prepared, first, first + step)
@@ -81,6 +80,12 @@ def expand_and_multiply(
         expand(part, weight, target)
         columns = slice(16 * first, 16 * first + part.rows)
         y[:, columns] = F.linear(x, weight, None if bias is None else bias[columns])
+
+
+def scratch_numbers(prepared: Prepared) -> int:
+    """Elements of `scratch` that `linear` has a use for."""
+    tiles, tile = prepared.codes.shape[0], 16 * prepared.columns
+    return tile * min(tiles, max(1, SCRATCH_NUMBERS // tile))
 
 
 def expand(prepared: Prepared, weight: Tensor, target: str) -> None:

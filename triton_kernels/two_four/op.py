@@ -22,7 +22,7 @@ __all__ = ["KERNELS", "PLANS", "can_run", "choose", "expand", "linear", "registe
 Plan = Callable[[Tensor, Prepared, Tensor, Tensor | None, str], Launch]
 
 
-def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, scratch: Tensor | None = None) -> Tensor:
     """`x` `[..., K]` -> `[..., N]` on a GPU, x in the values' dtype (ValueError otherwise).
 
     `scratch`: at least N * K elements of that dtype, where many tokens' dense weight goes; allocated when missing.
@@ -46,12 +46,17 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, scratch: T
 
 def expand(prepared: Prepared, scratch: Tensor | None = None) -> Tensor:
     """The dense weight `[N, K]` on its GPU; see `linear` for `scratch`."""
-    size = prepared.n * prepared.k
+    size = scratch_numbers(prepared)
     if scratch is None:
         scratch = torch.empty(size, dtype=prepared.dtype, device=prepared.fragments.device)
     dense = scratch[:size].view(prepared.n, prepared.k)
     _KERNEL_OF["expand"].run(plan_expand(prepared, dense, device_target(dense.device)))
     return dense
+
+
+def scratch_numbers(prepared: Prepared) -> int:
+    """Elements of `scratch` that `linear` has a use for."""
+    return prepared.n * prepared.k
 
 
 def register() -> None:

@@ -25,7 +25,7 @@ Plan = Callable[[Tensor, Prepared, Tensor, Tensor | None, str], Launch]
 EXAMPLE_GROUP = 128
 
 
-def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, scratch: Tensor | None = None) -> Tensor:
     """`x` `[..., K]` -> `[..., N]` on a GPU, x in float16 or bfloat16.
 
     `scratch`: at least N * K elements of x's dtype, where many tokens' dense weight goes; allocated when missing.
@@ -47,12 +47,17 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, scratch: T
 
 def expand(prepared: Prepared, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
     """The dense weight `[N, K]` on its GPU, rounded once to `dtype`; see `linear` for `scratch`."""
-    size = prepared.n * prepared.k
+    size = scratch_numbers(prepared)
     if scratch is None:
         scratch = torch.empty(size, dtype=dtype, device=prepared.codes.device)
     dense = scratch[:size].view(prepared.n, prepared.k)
     _KERNEL_OF["expand"].run(plan_expand(prepared, dense, device_target(dense.device)))
     return dense
+
+
+def scratch_numbers(prepared: Prepared) -> int:
+    """Elements of `scratch` that `linear` has a use for."""
+    return prepared.n * prepared.k
 
 
 def register() -> None:
