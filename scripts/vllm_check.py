@@ -146,9 +146,9 @@ def verdict(folder: Path, name: str, passed: bool, detail: str) -> int:
     return 0 if passed else 1
 
 
-def command(env: Path, folder: Path, port: int, *options: str) -> list[str]:
+def command(env: Path, folder: Path, port: int, *options: str, dtype: str = "float32") -> list[str]:
     base = [str(env / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    return [*base, "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", *options]
+    return [*base, "--dtype", dtype, "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", *options]
 
 
 def environment() -> dict[str, str]:
@@ -162,11 +162,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(env: Path, folder: Path, *options: str) -> Iterator[str]:
+def serving(env: Path, folder: Path, *options: str, dtype: str = "float32") -> Iterator[str]:
     """`vllm serve` on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command(env, folder, port, *options), stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen(
+            command(env, folder, port, *options, dtype=dtype), stdout=log, stderr=log, env=environment()
+        )
         try:
             for _ in range(START_SECONDS):
                 if process.poll() is not None:

@@ -25,7 +25,7 @@ class Rates(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: float = Field(default=0.01, gt=0, lt=1)
+    weights: float = Field(default=0.003, gt=0, lt=1)
     scales: float = Field(default=1e-3, gt=0, lt=1)
     zeros: float = Field(default=0.01, gt=0, lt=1)
     branch: float = Field(default=1e-3, gt=0, lt=1)
