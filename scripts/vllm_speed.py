@@ -2,7 +2,7 @@
 
     python scripts/vllm_speed.py DIR [DIR ...] [--batch 1 8] [--env FOLDER] [--json FILE]
 
-For every DIR, dense or compressed, it starts `vllm serve DIR` in bf16 on loopback and sends `batch` greedy requests at
+For every DIR, dense or compressed, it starts the server in bf16 on loopback and sends `batch` greedy requests at
 once, three rounds each after one to warm up. A round's number is all new tokens over the seconds until the last request
 has finished, prefill included. Prints a Markdown table of medians, with the lowest and highest. The environment is that
 of vllm_check.py, which makes it.
