@@ -175,9 +175,8 @@ def serving(env: Path, folder: Path, ranks: int = 1, dtype: str = "float32") -> 
     """vLLM's server on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command(env, folder, port, *options, dtype=dtype), stdout=log, stderr=log, env=environment()
-        )
+        arguments = command(env, folder, port, ranks, dtype)
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment(ranks))
         try:
             for _ in range(START_SECONDS):
                 if process.poll() is not None:
