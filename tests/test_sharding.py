@@ -8,15 +8,21 @@ from torch import Tensor
 
 from halfweight.serving.errors import InputError
 from halfweight.serving.scheme import LinearScheme
-from halfweight.serving.sharding import along_columns, along_rows, column_scheme
+from halfweight.serving.sharding import along_columns, along_rows, check_rows, column_scheme
 from halfweight.serving.storage import effective_weight, validate
-from stored_linears import SCHEMES, K, N, integers, packed
+from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, run, selected
+
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 
 
 def dense(scheme: LinearScheme, tensors: dict[str, Tensor], rows: int, columns: int) -> Tensor:
     """The effective weight; what was cut must be a valid form of its scheme, too."""
     validate(scheme, tensors, (rows, columns))
     return effective_weight(scheme, tensors, (rows, columns), torch.float32)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -39,6 +45,31 @@ def test_parts_along_the_outputs_are_rows_of_the_weight(name: str) -> None:
     for start in (0, 8, 16):
         part = {key: along_rows(scheme, key, tensor, start, 8) for key, tensor in tensors.items()}
         torch.testing.assert_close(dense(scheme, part, 8, K), whole[start : start + 8], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs_of_parts_along_the_inputs_add_up(name: str, size: int) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    cut, width = column_scheme(scheme, K, size), K // size
+    total = torch.zeros(len(X), WIDE)
+    for rank in range(size):
+        part = {key: along_columns(cut, key, tensor, rank, size) for key, tensor in tensors.items()}
+        total += run(cut, part, X[:, rank * width : (rank + 1) * width])
+    close(total, run(scheme, tensors, X))
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTED if "groups" not in name])
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs_of_parts_along_the_outputs_stand_side_by_side(name: str, size: int) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    width = WIDE // size
+    check_rows(scheme, width)
+    outputs = []
+    for rank in range(size):
+        part = {key: along_rows(scheme, key, tensor, rank * width, width) for key, tensor in tensors.items()}
+        outputs.append(run(scheme, part, X, width))
+    close(torch.cat(outputs, -1), run(scheme, tensors, X))
 
 
 @pytest.mark.parametrize(

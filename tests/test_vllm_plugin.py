@@ -16,7 +16,7 @@ from halfweight.serving.errors import InputError
 from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme
 from halfweight.serving.storage import effective_weight, pack_weight
 from halfweight.serving.vllm_plugin import register
-from stored_linears import SCHEMES, K, N, integers, packed, random_codes
+from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, random_codes, run, selected
 
 BLOCK = "model.layers.0"
 QKV = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
@@ -99,6 +99,40 @@ def test_row_parallel_parts_sum_to_the_linear(name: str, ranks: int, configure: 
         width = K // ranks
         total += method.apply(layer, X[:, rank * width : (rank + 1) * width], None if rank else bias)
     close(total, X @ dense(scheme, tensors).T + bias)
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTED if "groups" not in name])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fused_projections_select_inputs_apart(name: str, ranks: int, configure: Any) -> None:
+    scheme, parts = SELECTED[name], [selected(SELECTED[name], seed) for seed in range(3)]
+    outputs = []
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE, WIDE, WIDE), K)
+        method = configure(dict.fromkeys(QKV, scheme)).get_quant_method(layer, f"{BLOCK}.self_attn.qkv_proj")
+        layer.create(method, by_rows=False)
+        for shard, tensors in zip("qkv", parts, strict=True):
+            load(layer, tensors, shard)
+        method.process_weights_after_loading(layer)
+        assert len(layer.halfweight) == 3
+        outputs.append(method.apply(layer, X).split(WIDE // ranks, -1))
+    for part, tensors in enumerate(parts):
+        close(torch.cat([output[part] for output in outputs], -1), run(scheme, tensors, X))
+
+
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_parallel_parts_select_their_own_inputs(name: str, ranks: int, configure: Any) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    total = torch.zeros(len(X), WIDE)
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE,), K)
+        method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+        layer.create(method, by_rows=True)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        width = K // ranks
+        total += method.apply(layer, X[:, rank * width : (rank + 1) * width])
+    close(total, run(scheme, tensors, X))
 
 
 def test_key_and_value_heads_that_are_fewer_than_ranks_are_copied(configure: Any) -> None:
