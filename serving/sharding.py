@@ -2,15 +2,21 @@
 
 Every format that stores rows of outputs, but `groups_layer`, cuts along N by plain slicing. Along K, 2:4 cuts at whole
 metadata bytes, integers at whole groups and groups at their segments. Input-major formats, W^T `[K, N]`, cut along K by
-plain slicing and along N at whole groups. A low-rank branch that is cut along N keeps V whole and cuts U; along K the
-reverse, so that the summed outputs are right. A token's selection looks at each input alone: norms are cut with the
-inputs, and every part has the threshold.
+plain slicing and along N at whole groups; kept groups, which lie anywhere along N, are gathered.
+
+A low-rank branch that is cut along N keeps V whole and cuts U; along K the reverse, so that the summed outputs are
+right. A selection looks at each input alone: norms are cut with the inputs, and every part has the threshold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ..triton_kernels.formats import groups
+from ..triton_kernels.formats.groups import Groups
 from .errors import InputError
 from .scheme import IntegerScheme, LinearScheme
 
@@ -18,7 +24,7 @@ from .scheme import IntegerScheme, LinearScheme
 def along_rows(scheme: LinearScheme, name: str, tensor: Tensor, start: int, count: int) -> Tensor:
     """Rows `start` to `start + count` of N, of the stored tensor called `name` (such as `codes` or `U.codes`).
 
-    `check_rows` has said that an input-major linear can be cut so.
+    `row_scheme` has said that it can be cut so. Tensors of kept groups along N stay whole, for `gather_groups`.
     """
     if scheme.balance == "layer" and name in ("codes", "scales", "index", "row_start"):
         if start or count != _layer_rows(name, tensor, count):
@@ -46,14 +52,39 @@ def stored_rows(scheme: LinearScheme, name: str, tensor: Tensor) -> int | None:
     return tensor.shape[axis] * (_outputs_per_entry(scheme, name) if axis else 1)
 
 
-def check_rows(scheme: LinearScheme, rows: int) -> None:
-    """Raise InputError when parts of `rows` consecutive outputs cannot be cut out of a linear stored so."""
-    if not scheme.input_major:
-        return
-    if scheme.group is not None:
-        raise InputError(f"kept groups of {scheme.pattern} cannot be cut along the outputs; serve it with size 1")
-    if scheme.integers is not None:
-        _check_groups(scheme.integers, rows)
+def row_scheme(scheme: LinearScheme, pieces: Sequence[int]) -> LinearScheme:
+    """The scheme of a part of N that consists of `pieces`, numbers of outputs; raises InputError when it cannot be cut.
+
+    An input may have all of its kept groups in one part, so that parts keep as many, if they have as many.
+    """
+    if not scheme.input_major or scheme.integers is None:
+        return scheme
+    for rows in pieces:
+        _check_groups(scheme.integers, rows, paired=scheme.group is None)
+    if scheme.group is None or scheme.kept is None:
+        return scheme
+    return scheme.model_copy(update={"kept": min(scheme.kept, sum(pieces) // scheme.group)})
+
+
+def gather_groups(packed: Groups, rows: int, pieces: Sequence[tuple[int, int]], kept: int) -> Groups:
+    """Kept groups of W^T `[K, rows]` inside the outputs of `pieces` (start, count), which are whole groups.
+
+    Every input gets `kept` of them; dropped ones fill up, with scale 0. Raises FormatError unless `packed` is valid.
+    """
+    columns, found, half = packed.codes.shape
+    size = 2 * half
+    groups.validate(packed, (columns, rows), group_size=size, kept=found)
+    own = torch.cat([torch.arange(start // size, (start + count) // size) for start, count in pieces])
+    entries = torch.full((columns, rows // size), found)  # [K, groups]: where each group is stored; `found`: nowhere
+    entries.scatter_(1, groups.index_numbers(packed.index), torch.arange(found).expand(columns, -1))
+    entries = entries[:, own]
+    numbers = (entries == found).sort(dim=1, stable=True).indices[:, :kept].sort(dim=1).values
+    place = entries.gather(1, numbers)
+    codes, scales, index = (
+        torch.cat([tensor, tensor.new_zeros(columns, 1, *tensor.shape[2:])], 1)[torch.arange(columns)[:, None], place]
+        for tensor in packed
+    )
+    return Groups(codes, scales, index & ~groups.MAX_NUMBER | numbers.to(index.dtype))
 
 
 def _outputs_per_entry(scheme: LinearScheme, name: str) -> int:
@@ -98,9 +129,9 @@ def column_scheme(scheme: LinearScheme, columns: int, size: int) -> LinearScheme
     return scheme
 
 
-def _check_groups(integers: IntegerScheme, width: int) -> None:
+def _check_groups(integers: IntegerScheme, width: int, paired: bool = True) -> None:
     count = width // integers.group_size
-    packed_zeros = not integers.symmetric and integers.bits == 4
+    packed_zeros = paired and not integers.symmetric and integers.bits == 4
     if width % integers.group_size or (packed_zeros and count % 2):
         pairs = "whole pairs of groups" if packed_zeros else "whole groups"
         raise InputError(f"parts of {width} {integers.along} are no {pairs} of {integers.group_size}; use fewer ranks")

@@ -2,8 +2,8 @@
 
 A vLLM layer may stand for several linears of the checkpoint (qkv_proj, gate_up_proj), and on one of several ranks for a
 part of each. While the weights load, every stored tensor is cut to this rank's part (`sharding.py`) and kept; then the
-parts become `CompressedLinear` modules, one for all where their schemes agree, unless they have a low-rank branch or are
-stored input by input: then every part has its own, with its own threshold and V.
+parts become `CompressedLinear` modules, one for all where their schemes agree. With a low-rank branch, or stored input
+by input, every part has its own, with its own threshold and V.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ..triton_kernels.formats import FormatError
+from ..triton_kernels.formats.groups import Groups
 from .checkpoint import Checkpoint
 from .embedding import CompressedEmbedding
 from .errors import InputError
 from .linear import CompressedLinear, CompressedWeight, check_weights
 from .scheme import QUANT_METHOD, ArtifactConfig, LinearScheme
-from .sharding import along_columns, along_rows, check_rows, column_scheme, rows_axis, stored_rows
+from .sharding import along_columns, along_rows, column_scheme, gather_groups, row_scheme, rows_axis, stored_rows
 from .storage import tensor_specs
 
 _SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}  # vLLM's names for the parts of a fused layer; others are numbers
@@ -158,8 +159,9 @@ class CompressedLinearMethod(LinearMethodBase):
             try:
                 scheme = column_scheme(self.config.linears[name], input_size, cuts)
                 if self.by_outputs:
-                    for size in self.inner if len(self.names) == 1 else [rows]:
-                        check_rows(scheme, size)
+                    scheme = row_scheme(scheme, self.inner if len(self.names) == 1 else [rows])
+                if scheme.storage == "transposed_groups" and getattr(layer, "num_kv_head_replicas", 1) > 1:
+                    raise InputError("its groups are not cut for more ranks than key and value heads; use fewer ranks")
                 self.parts.append(_Part(name, scheme, rows, input_size_per_partition))
                 suffixes = tensor_specs(scheme, (rows, input_size_per_partition))
             except (InputError, FormatError) as error:
@@ -217,12 +219,27 @@ class CompressedLinearMethod(LinearMethodBase):
         for path in {path for part in self.parts for path in part.tensors}:
             owner, _, own = path.rpartition(".")
             delattr(layer.get_submodule(owner), own)
+        _require_all(self.parts)
+        for part in self.parts:
+            if self.by_outputs and part.scheme.storage == "transposed_groups":
+                self._gather(layer, part)
         fused = _fuse(self.parts)
         modules = [_linear(part, self.dtype) for part in fused]
         for module in modules:
             self._prepare(module)
         layer.halfweight = nn.ModuleList(modules)
         self.parts = []
+
+    def _gather(self, layer: Any, part: _Part) -> None:
+        """Cut kept groups along the outputs, which their tensors show only together."""
+        rows = part.rows * int(layer.tp_size)
+        pieces = self._ranges(layer, part, rows, int(layer.tp_rank))
+        whole = Groups(*(part.tensors[name].cpu() for name in Groups._fields))
+        try:
+            own = gather_groups(whole, rows, pieces, part.scheme.kept or 0)
+        except FormatError as error:
+            raise InputError(f"{part.name}: {error}; the file is damaged or hostile") from None
+        part.tensors |= {name: tensor.to(self.device) for name, tensor in own._asdict().items()}
 
     def _prepare(self, module: CompressedWeight) -> None:
         prepare(module, self.dtype, self.config)
@@ -318,12 +335,16 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
-def _fuse(parts: list[_Part]) -> list[_Part]:
-    """One part with all rows where the formats allow it, else `parts`; raises InputError when a tensor is missing."""
+def _require_all(parts: list[_Part]) -> None:
+    """Raise InputError when a tensor of one of `parts` was not loaded."""
     for part in parts:
         for suffix in tensor_specs(part.scheme, (part.rows, part.columns)):
             if suffix not in part.tensors:
                 raise InputError(f"{part.name}: tensor {suffix} is missing from the checkpoint; download it again")
+
+
+def _fuse(parts: list[_Part]) -> list[_Part]:
+    """One part with all rows where the formats allow it, else `parts`."""
     first = parts[0]
     alike = all(part.scheme == first.scheme for part in parts)
     if len(parts) == 1 or not alike or first.scheme.low_rank is not None or not first.scheme.rows_apart:

@@ -88,7 +88,7 @@ def packed(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
 
 
 def selected(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
-    """Random stored tensors of a linear `[WIDE, K]` that reads a part of normal inputs, another with every seed."""
+    """Random stored tensors of a linear `[WIDE, K]` that reads a part of normal inputs; its threshold is the seed's."""
     generator = torch.Generator().manual_seed(seed)
     assert scheme.selection is not None
     quantized = None if scheme.integers is None else random_codes(scheme.integers, K, WIDE, generator)

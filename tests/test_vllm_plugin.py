@@ -101,8 +101,8 @@ def test_row_parallel_parts_sum_to_the_linear(name: str, ranks: int, configure: 
     close(total, X @ dense(scheme, tensors).T + bias)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTED if "groups" not in name])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fused_projections_select_inputs_apart(name: str, ranks: int, configure: Any) -> None:
     scheme, parts = SELECTED[name], [selected(SELECTED[name], seed) for seed in range(3)]
     outputs = []
@@ -120,7 +120,7 @@ def test_fused_projections_select_inputs_apart(name: str, ranks: int, configure:
 
 
 @pytest.mark.parametrize("name", SELECTED)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_row_parallel_parts_select_their_own_inputs(name: str, ranks: int, configure: Any) -> None:
     scheme, tensors = SELECTED[name], selected(SELECTED[name])
     total = torch.zeros(len(X), WIDE)
@@ -222,6 +222,22 @@ def test_refusals_name_the_linear(configure: Any) -> None:
     experts = configure({f"{BLOCK}.mlp.experts.0.up_proj": SCHEMES["2:4"]})
     with pytest.raises(InputError, match="is an expert"):
         experts.get_quant_method(nn.Module(), f"{BLOCK}.mlp")
+
+
+def test_what_selected_schemes_cannot_do_is_refused(registry: Any, configure: Any) -> None:
+    config = configure({DOWN: SELECTED["int4"], "lm_head": SELECTED["int4"]})
+    layer = LinearBase(0, 8, (WIDE,), K)
+    with pytest.raises(InputError, match=r"down_proj: parts of 8 outputs are no whole pairs of groups"):
+        layer.create(config.get_quant_method(layer, DOWN), by_rows=False)
+    with pytest.raises(InputError, match=r"lm_head is a head stored input by input"):
+        config.get_quant_method(ParallelLMHead(WIDE, K), "lm_head")
+    copied = LinearBase(0, 2, (WIDE,), K)
+    copied.num_kv_head_replicas = 2  # type: ignore[assignment]  # a name of vLLM's
+    with pytest.raises(InputError, match=r"down_proj: its groups are not cut for more ranks than key"):
+        copied.create(configure({DOWN: SELECTED["groups"]}).get_quant_method(copied, DOWN), by_rows=False)
+    data = ArtifactConfig(linears={DOWN: SELECTED["16-bit"]}, prefill="dense").to_json()
+    with pytest.raises(InputError, match=r"prefill is dense, but .* set it to masked"):
+        registry.configs["halfweight"].from_config(data)
 
 
 @pytest.mark.parametrize("damage", ["missing", "pattern", "shape"])
