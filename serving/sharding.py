@@ -66,23 +66,25 @@ def row_scheme(scheme: LinearScheme, pieces: Sequence[int]) -> LinearScheme:
     return scheme.model_copy(update={"kept": min(scheme.kept, sum(pieces) // scheme.group)})
 
 
-def gather_groups(packed: Groups, rows: int, pieces: Sequence[tuple[int, int]], kept: int) -> Groups:
-    """Kept groups of W^T `[K, rows]` inside the outputs of `pieces` (start, count), which are whole groups.
+def gather_groups(
+    scheme: LinearScheme, packed: Groups, shape: tuple[int, int], pieces: Sequence[tuple[int, int]]
+) -> Groups:
+    """What the outputs in `pieces` (start, count; whole groups) hold of a linear `[N, K]`, as `row_scheme` says.
 
-    Every input gets `kept` of them; dropped ones fill up, with scale 0. Raises FormatError unless `packed` is valid.
+    Dropped groups fill up what an input lacks, with scale 0. Raises FormatError unless `packed` is valid.
     """
-    columns, found, half = packed.codes.shape
-    size = 2 * half
-    groups.validate(packed, (columns, rows), group_size=size, kept=found)
-    own = torch.cat([torch.arange(start // size, (start + count) // size) for start, count in pieces])
-    entries = torch.full((columns, rows // size), found)  # [K, groups]: where each group is stored; `found`: nowhere
-    entries.scatter_(1, groups.index_numbers(packed.index), torch.arange(found).expand(columns, -1))
+    assert scheme.group is not None and scheme.kept is not None  # it has kept groups
+    (n, k), size, found = shape, scheme.group, scheme.kept
+    groups.validate(packed, (k, n), group_size=size, kept=found)
+    kept, device = row_scheme(scheme, [count for _, count in pieces]).kept, packed.index.device
+    own = torch.cat([torch.arange(start // size, (start + count) // size, device=device) for start, count in pieces])
+    entries = torch.full((k, n // size), found, device=device)  # where each group is stored; `found`: nowhere
+    entries.scatter_(1, groups.index_numbers(packed.index), torch.arange(found, device=device).expand(k, -1))
     entries = entries[:, own]
     numbers = (entries == found).sort(dim=1, stable=True).indices[:, :kept].sort(dim=1).values
-    place = entries.gather(1, numbers)
+    place, inputs = entries.gather(1, numbers), torch.arange(k, device=device)[:, None]
     codes, scales, index = (
-        torch.cat([tensor, tensor.new_zeros(columns, 1, *tensor.shape[2:])], 1)[torch.arange(columns)[:, None], place]
-        for tensor in packed
+        torch.cat([tensor, tensor.new_zeros(k, 1, *tensor.shape[2:])], 1)[inputs, place] for tensor in packed
     )
     return Groups(codes, scales, index & ~groups.MAX_NUMBER | numbers.to(index.dtype))
 

@@ -48,7 +48,8 @@ class HalfweightConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> HalfweightConfig:
         """Raises InputError for a version or a scheme that this halfweight does not read, and for a dense prefill."""
         artifact = ArtifactConfig.parse(config, "config.json")
-        if artifact.prefill == "dense":  # its linears get [tokens, K], prompts and new tokens of many requests mixed
+        selects = any(scheme.selection is not None for scheme in artifact.linears.values())
+        if selects and artifact.prefill == "dense":  # linears get [tokens, K], prompts and new tokens mixed
             raise InputError(
                 "config.json: quantization_config.prefill is dense, but in vLLM a linear cannot tell the tokens of a"
                 " prompt from new ones; set it to masked, which selects inputs in prompts too, or use halfweight.load"
@@ -234,12 +235,12 @@ class CompressedLinearMethod(LinearMethodBase):
         """Cut kept groups along the outputs, which their tensors show only together."""
         rows = part.rows * int(layer.tp_size)
         pieces = self._ranges(layer, part, rows, int(layer.tp_rank))
-        whole = Groups(*(part.tensors[name].cpu() for name in Groups._fields))
+        whole = Groups(*(part.tensors[name] for name in Groups._fields))
         try:
-            own = gather_groups(whole, rows, pieces, part.scheme.kept or 0)
+            own = gather_groups(self.config.linears[part.name], whole, (rows, part.columns), pieces)
         except FormatError as error:
             raise InputError(f"{part.name}: {error}; the file is damaged or hostile") from None
-        part.tensors |= {name: tensor.to(self.device) for name, tensor in own._asdict().items()}
+        part.tensors |= own._asdict()
 
     def _prepare(self, module: CompressedWeight) -> None:
         prepare(module, self.dtype, self.config)

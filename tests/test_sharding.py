@@ -71,7 +71,7 @@ def test_outputs_of_parts_along_the_outputs_stand_side_by_side(name: str, size: 
         part = {key: along_rows(cut, key, tensor, start, width) for key, tensor in tensors.items()}
         if cut.group is not None:
             whole = Groups(*(tensors[key] for key in Groups._fields))
-            part |= gather_groups(whole, WIDE, [(start, width)], cut.kept or 0)._asdict()
+            part |= gather_groups(scheme, whole, (WIDE, K), [(start, width)])._asdict()
         outputs.append(run(cut, part, X, width))
     close(torch.cat(outputs, -1), run(scheme, tensors, X))
 

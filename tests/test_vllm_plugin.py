@@ -171,6 +171,21 @@ def test_linears_that_the_checkpoint_fuses_are_cut_part_by_part(ranks: int, conf
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["16-bit norms rank 5", "int4 rank 5", "groups norms"])
+def test_a_selected_linear_that_the_checkpoint_fuses(ranks: int, name: str, configure: Any) -> None:
+    scheme, tensors, fused = SELECTED[name], selected(SELECTED[name]), f"{BLOCK}.mlp.gate_up_proj"
+    outputs = []
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE // 2, WIDE // 2), K)
+        method = configure({fused: scheme}).get_quant_method(layer, fused)
+        layer.create(method, by_rows=False)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        outputs.append(method.apply(layer, X).split(WIDE // 2 // ranks, -1))
+    close(torch.cat([output[part] for part in range(2) for output in outputs], -1), run(scheme, tensors, X))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_padded_embedding_and_its_tied_head(ranks: int, configure: Any) -> None:
     rows, table = 27, integers(8, 32)
     codes = random_codes(table, rows, K, torch.Generator().manual_seed(0))
@@ -238,6 +253,17 @@ def test_what_selected_schemes_cannot_do_is_refused(registry: Any, configure: An
     data = ArtifactConfig(linears={DOWN: SELECTED["16-bit"]}, prefill="dense").to_json()
     with pytest.raises(InputError, match=r"prefill is dense, but .* set it to masked"):
         registry.configs["halfweight"].from_config(data)
+
+
+def test_damaged_groups_are_refused_before_they_are_cut(configure: Any) -> None:
+    scheme = SELECTED["groups"]
+    layer = LinearBase(0, 2, (WIDE,), K)
+    method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+    layer.create(method, by_rows=False)
+    tensors = selected(scheme)
+    load(layer, {**tensors, "index": tensors["index"] | 0xFFF})
+    with pytest.raises(InputError, match=r"down_proj: index .*damaged"):
+        method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("damage", ["missing", "pattern", "shape"])
