@@ -2,7 +2,8 @@
 
 A vLLM layer may stand for several linears of the checkpoint (qkv_proj, gate_up_proj), and on one of several ranks for a
 part of each. While the weights load, every stored tensor is cut to this rank's part (`sharding.py`) and kept; then the
-parts become `CompressedLinear` modules, one for all where their schemes agree and none has a low-rank branch.
+parts become `CompressedLinear` modules, one for all where their schemes agree. With a low-rank branch, or stored input
+by input, every part has its own, with its own threshold and V.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ..triton_kernels.formats import FormatError
+from ..triton_kernels.formats.groups import Groups
 from .checkpoint import Checkpoint
 from .embedding import CompressedEmbedding
 from .errors import InputError
 from .linear import CompressedLinear, CompressedWeight, check_weights
 from .scheme import QUANT_METHOD, ArtifactConfig, LinearScheme
-from .sharding import along_columns, along_rows, column_scheme
+from .sharding import along_columns, along_rows, column_scheme, gather_groups, row_scheme, rows_axis, stored_rows
 from .storage import tensor_specs
 
-_SERVED = ("two_four", "two_four_int4", "integers", "groups", "groups_layer")
 _SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}  # vLLM's names for the parts of a fused layer; others are numbers
 
 logger = init_logger("vllm.halfweight")
@@ -45,8 +46,15 @@ class HalfweightConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HalfweightConfig:
-        """Raises InputError for a version or a scheme that this halfweight does not read."""
-        return cls(ArtifactConfig.parse(config, "config.json"))
+        """Raises InputError for a version or a scheme that this halfweight does not read, and for a dense prefill."""
+        artifact = ArtifactConfig.parse(config, "config.json")
+        selects = any(scheme.selection is not None for scheme in artifact.linears.values())
+        if selects and artifact.prefill == "dense":  # linears get [tokens, K], prompts and new tokens mixed
+            raise InputError(
+                "config.json: quantization_config.prefill is dense, but in vLLM a linear cannot tell the tokens of a"
+                " prompt from new ones; set it to masked, which selects inputs in prompts too, or use halfweight.load"
+            )
+        return cls(artifact)
 
     def get_name(self) -> Any:
         return QUANT_METHOD
@@ -75,7 +83,7 @@ class HalfweightConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             if self.artifact.embedding is not None and prefix not in self.linears:
                 return TiedHeadMethod()
-            return CompressedLinearMethod(self, [prefix]) if prefix in self.linears else None
+            return self._head(prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return None if self.artifact.embedding is None else CompressedEmbeddingMethod(self)
         if not isinstance(layer, LinearBase):
@@ -88,9 +96,15 @@ class HalfweightConfig(QuantizationConfig):
         for name, scheme in zip(names, schemes, strict=True):
             if scheme is None or scheme.storage == "dense":
                 raise InputError(f"{name} is dense but {prefix} fuses it with compressed linears; compress all or none")
-            if scheme.storage not in _SERVED:
-                raise InputError(f"{name} is stored as {scheme.storage}, which the vLLM plugin cannot serve yet")
         return CompressedLinearMethod(self, names)
+
+    def _head(self, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a head with tensors of its own."""
+        if prefix not in self.linears:
+            return None
+        if self.linears[prefix].input_major:  # vLLM pads a head's outputs, which are not its rows then
+            raise InputError(f"{prefix} is a head stored input by input, which the vLLM plugin cannot serve yet")
+        return CompressedLinearMethod(self, [prefix])
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's linears behind the layer `prefix`."""
@@ -140,11 +154,15 @@ class CompressedLinearMethod(LinearMethodBase):
             sizes = [sum(output_partition_sizes)]
         elif len(self.names) != len(sizes):
             raise InputError(f"{', '.join(self.names)} are not the {len(sizes)} parts of the layer that fuses them")
-        self.inner = [*output_partition_sizes]
+        self.inner, self.by_outputs = [*output_partition_sizes], sum(output_partition_sizes) < output_size
         self.dtype, self.device = params_dtype, torch.get_default_device()
         for name, rows in zip(self.names, sizes, strict=True):
             try:
                 scheme = column_scheme(self.config.linears[name], input_size, cuts)
+                if self.by_outputs:
+                    scheme = row_scheme(scheme, self.inner if len(self.names) == 1 else [rows])
+                if scheme.storage == "transposed_groups" and getattr(layer, "num_kv_head_replicas", 1) > 1:
+                    raise InputError("its groups are not cut for more ranks than key and value heads; use fewer ranks")
                 self.parts.append(_Part(name, scheme, rows, input_size_per_partition))
                 suffixes = tensor_specs(scheme, (rows, input_size_per_partition))
             except (InputError, FormatError) as error:
@@ -171,24 +189,23 @@ class CompressedLinearMethod(LinearMethodBase):
         if cuts > 1:
             kept = along_columns(part.scheme, path, tensor, rank, cuts)
         else:
-            pieces = self._ranges(layer, part, self._rows_stored(part, path, tensor), rank)
-            kept = torch.cat([along_rows(part.scheme, path, tensor, start, count) for start, count in pieces])
+            pieces = self._ranges(layer, part, stored_rows(part.scheme, path, tensor), rank)
+            cut = [along_rows(part.scheme, path, tensor, start, count) for start, count in pieces]
+            kept = cut[0] if len(cut) == 1 else torch.cat(cut, rows_axis(part.scheme, path) or 0)
             if isinstance(layer, VocabParallelEmbedding) and not path.startswith("V"):
                 kept = _padded(kept, part.rows)
         part.tensors[path] = kept.to(self.device, copy=True)
 
-    @staticmethod
-    def _rows_stored(part: _Part, path: str, tensor: Tensor) -> int:
-        return part.rows if part.scheme.balance == "layer" or path.startswith("V") else tensor.shape[0]
-
-    def _ranges(self, layer: Any, part: _Part, stored: int, rank: int) -> list[tuple[int, int]]:
-        """Rows of the stored `stored` that this rank holds, as (start, count)."""
-        if stored == part.rows:
-            return [(0, stored)]
+    def _ranges(self, layer: Any, part: _Part, stored: int | None, rank: int) -> list[tuple[int, int]]:
+        """Rows of the stored `stored` (None: as many as the part has) that this rank holds, as (start, count)."""
+        if stored is None or stored == part.rows:
+            return [(0, part.rows)]
         world = int(getattr(layer, "tp_size", 1))
         if isinstance(layer, VocabParallelEmbedding):
             start = layer.shard_indices.org_vocab_start_index
             return [(start, layer.shard_indices.org_vocab_end_index - start)]
+        if not self.by_outputs:
+            return [(0, stored)]
         sizes = self.inner if len(self.parts) == 1 else [part.rows]
         pieces, offset = [], 0
         for size in sizes:  # several, where the checkpoint fuses what vLLM cuts one by one
@@ -203,12 +220,27 @@ class CompressedLinearMethod(LinearMethodBase):
         for path in {path for part in self.parts for path in part.tensors}:
             owner, _, own = path.rpartition(".")
             delattr(layer.get_submodule(owner), own)
+        _require_all(self.parts)
+        for part in self.parts:
+            if self.by_outputs and part.scheme.storage == "transposed_groups":
+                self._gather(layer, part)
         fused = _fuse(self.parts)
         modules = [_linear(part, self.dtype) for part in fused]
         for module in modules:
             self._prepare(module)
         layer.halfweight = nn.ModuleList(modules)
         self.parts = []
+
+    def _gather(self, layer: Any, part: _Part) -> None:
+        """Cut kept groups along the outputs, which their tensors show only together."""
+        rows = part.rows * int(layer.tp_size)
+        pieces = self._ranges(layer, part, rows, int(layer.tp_rank))
+        whole = Groups(*(part.tensors[name] for name in Groups._fields))
+        try:
+            own = gather_groups(self.config.linears[part.name], whole, (rows, part.columns), pieces)
+        except FormatError as error:
+            raise InputError(f"{part.name}: {error}; the file is damaged or hostile") from None
+        part.tensors |= own._asdict()
 
     def _prepare(self, module: CompressedWeight) -> None:
         prepare(module, self.dtype, self.config)
@@ -304,15 +336,19 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
-def _fuse(parts: list[_Part]) -> list[_Part]:
-    """One part with all rows where the formats allow it, else `parts`; raises InputError when a tensor is missing."""
+def _require_all(parts: list[_Part]) -> None:
+    """Raise InputError when a tensor of one of `parts` was not loaded."""
     for part in parts:
         for suffix in tensor_specs(part.scheme, (part.rows, part.columns)):
             if suffix not in part.tensors:
                 raise InputError(f"{part.name}: tensor {suffix} is missing from the checkpoint; download it again")
+
+
+def _fuse(parts: list[_Part]) -> list[_Part]:
+    """One part with all rows where the formats allow it, else `parts`."""
     first = parts[0]
     alike = all(part.scheme == first.scheme for part in parts)
-    if len(parts) == 1 or not alike or first.scheme.low_rank is not None or first.scheme.balance == "layer":
+    if len(parts) == 1 or not alike or first.scheme.low_rank is not None or not first.scheme.rows_apart:
         return parts
     joined = {name: torch.cat([part.tensors.pop(name) for part in parts]) for name in [*first.tensors]}
     return [_Part(f"{first.name} and the others", first.scheme, sum(p.rows for p in parts), first.columns, joined)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme
-from halfweight.serving.storage import pack_branch, pack_weight
+from halfweight.serving.linear import CompressedLinear
+from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, SelectionScheme
+from halfweight.serving.storage import Selection, pack_branch, pack_selection, pack_weight
 from halfweight.triton_kernels.formats.integers import Quantized
 
 N, K = 24, 128
@@ -29,6 +30,27 @@ SCHEMES = {
         integers=integers(),
         low_rank=LowRankScheme(rank=8, integers=integers(4, 32, True)),
     ),
+}
+
+WIDE = 64  # outputs of the selected linears: four parts of them are whole pairs of groups
+_OUTPUTS = IntegerScheme(group_size=8, along="outputs")
+_STORED = {
+    "16-bit": LinearScheme(pattern="dense", density=1.0),
+    "int4": LinearScheme(pattern="dense", density=1.0, integers=_OUTPUTS),
+    "int8": LinearScheme(pattern="dense", density=1.0, integers=_OUTPUTS.model_copy(update={"bits": 8})),
+    "groups": LinearScheme(pattern="8x1", density=0.375, integers=_OUTPUTS, kept=3),
+}
+# Every selected storage with and without norms, with and without a branch.
+SELECTED = {
+    f"{name}{' norms' * norms}{f' rank {rank}' * bool(rank)}": scheme.model_copy(
+        update={
+            "selection": SelectionScheme(norms=norms),
+            "low_rank": LowRankScheme(rank=rank) if rank else None,
+        }
+    )
+    for name, scheme in _STORED.items()
+    for norms in (False, True)
+    for rank in (0, 5)
 }
 
 
@@ -63,6 +85,34 @@ def packed(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
             )
         tensors |= pack_branch(scheme.low_rank, v, u, codes)
     return tensors
+
+
+def selected(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
+    """Random stored tensors of a linear `[WIDE, K]` that reads a part of normal inputs; its threshold is the seed's."""
+    generator = torch.Generator().manual_seed(seed)
+    assert scheme.selection is not None
+    quantized = None if scheme.integers is None else random_codes(scheme.integers, K, WIDE, generator)
+    mask = torch.ones(WIDE, K, dtype=torch.bool)
+    if scheme.group is not None:
+        order = torch.rand(WIDE // scheme.group, K, generator=generator).argsort(0)
+        mask = (order < (scheme.kept or 0)).repeat_interleave(scheme.group, 0)
+    rank = 0 if scheme.low_rank is None else scheme.low_rank.rank
+    chosen = Selection(
+        0.4 + 0.3 * seed,
+        torch.rand(K, generator=generator) + 0.5 if scheme.selection.norms else None,
+        torch.randn(K, rank, generator=generator) if rank else None,
+        torch.randn(WIDE, rank, generator=generator) if rank else None,
+    )
+    weight = torch.randn(WIDE, K, generator=generator)
+    return pack_weight(weight, scheme, quantized, mask) | pack_selection(scheme, chosen)
+
+
+def run(scheme: LinearScheme, tensors: dict[str, Tensor], x: Tensor, rows: int = WIDE) -> Tensor:
+    """Outputs `[M, rows]` of a stored linear for `x` `[M, K]`; its tensors must be a valid form of the scheme."""
+    module = CompressedLinear(scheme, x.shape[-1], rows, False, "meta", torch.float32)
+    module.load_state_dict(tensors, assign=True)
+    module.check()
+    return module(x)
 
 
 def random_codes(integers: IntegerScheme, rows: int, columns: int, generator: torch.Generator) -> Quantized:

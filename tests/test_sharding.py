@@ -8,15 +8,22 @@ from torch import Tensor
 
 from halfweight.serving.errors import InputError
 from halfweight.serving.scheme import LinearScheme
-from halfweight.serving.sharding import along_columns, along_rows, column_scheme
+from halfweight.serving.sharding import along_columns, along_rows, column_scheme, gather_groups, row_scheme
 from halfweight.serving.storage import effective_weight, validate
-from stored_linears import SCHEMES, K, N, integers, packed
+from halfweight.triton_kernels.formats.groups import Groups
+from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, run, selected
+
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 
 
 def dense(scheme: LinearScheme, tensors: dict[str, Tensor], rows: int, columns: int) -> Tensor:
     """The effective weight; what was cut must be a valid form of its scheme, too."""
     validate(scheme, tensors, (rows, columns))
     return effective_weight(scheme, tensors, (rows, columns), torch.float32)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -41,6 +48,34 @@ def test_parts_along_the_outputs_are_rows_of_the_weight(name: str) -> None:
         torch.testing.assert_close(dense(scheme, part, 8, K), whole[start : start + 8], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs_of_parts_along_the_inputs_add_up(name: str, size: int) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    cut, width = column_scheme(scheme, K, size), K // size
+    total = torch.zeros(len(X), WIDE)
+    for rank in range(size):
+        part = {key: along_columns(cut, key, tensor, rank, size) for key, tensor in tensors.items()}
+        total += run(cut, part, X[:, rank * width : (rank + 1) * width])
+    close(total, run(scheme, tensors, X))
+
+
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs_of_parts_along_the_outputs_stand_side_by_side(name: str, size: int) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    width = WIDE // size
+    cut = row_scheme(scheme, [width])
+    outputs = []
+    for start in range(0, WIDE, width):
+        part = {key: along_rows(cut, key, tensor, start, width) for key, tensor in tensors.items()}
+        if cut.group is not None:
+            whole = Groups(*(tensors[key] for key in Groups._fields))
+            part |= gather_groups(scheme, whole, (WIDE, K), [(start, width)])._asdict()
+        outputs.append(run(cut, part, X, width))
+    close(torch.cat(outputs, -1), run(scheme, tensors, X))
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "size", "hint"),
     [
@@ -55,6 +90,19 @@ def test_parts_along_the_outputs_are_rows_of_the_weight(name: str) -> None:
 def test_cuts_that_the_format_does_not_allow_are_refused(name: str, columns: int, size: int, hint: str) -> None:
     with pytest.raises(InputError, match=hint):
         column_scheme(SCHEMES[name], columns, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "hint"),
+    [
+        ("int4", 24, "parts of 24 outputs are no whole pairs of groups of 8; use fewer ranks"),
+        ("int8", 12, "parts of 12 outputs are no whole groups"),
+        ("groups", 12, "parts of 12 outputs are no whole groups"),
+    ],
+)
+def test_outputs_are_not_cut_inside_a_group(name: str, rows: int, hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        row_scheme(SELECTED[name], [rows])
 
 
 def test_layer_balanced_groups_are_never_cut() -> None:

@@ -16,7 +16,7 @@ from halfweight.serving.errors import InputError
 from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme
 from halfweight.serving.storage import effective_weight, pack_weight
 from halfweight.serving.vllm_plugin import register
-from stored_linears import SCHEMES, K, N, integers, packed, random_codes
+from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, random_codes, run, selected
 
 BLOCK = "model.layers.0"
 QKV = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
@@ -101,6 +101,40 @@ def test_row_parallel_parts_sum_to_the_linear(name: str, ranks: int, configure: 
     close(total, X @ dense(scheme, tensors).T + bias)
 
 
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_fused_projections_select_inputs_apart(name: str, ranks: int, configure: Any) -> None:
+    scheme, parts = SELECTED[name], [selected(SELECTED[name], seed) for seed in range(3)]
+    outputs = []
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE, WIDE, WIDE), K)
+        method = configure(dict.fromkeys(QKV, scheme)).get_quant_method(layer, f"{BLOCK}.self_attn.qkv_proj")
+        layer.create(method, by_rows=False)
+        for shard, tensors in zip("qkv", parts, strict=True):
+            load(layer, tensors, shard)
+        method.process_weights_after_loading(layer)
+        assert len(layer.halfweight) == 3
+        outputs.append(method.apply(layer, X).split(WIDE // ranks, -1))
+    for part, tensors in enumerate(parts):
+        close(torch.cat([output[part] for output in outputs], -1), run(scheme, tensors, X))
+
+
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_row_parallel_parts_select_their_own_inputs(name: str, ranks: int, configure: Any) -> None:
+    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    total = torch.zeros(len(X), WIDE)
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE,), K)
+        method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+        layer.create(method, by_rows=True)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        width = K // ranks
+        total += method.apply(layer, X[:, rank * width : (rank + 1) * width])
+    close(total, run(scheme, tensors, X))
+
+
 def test_key_and_value_heads_that_are_fewer_than_ranks_are_copied(configure: Any) -> None:
     scheme = SCHEMES["2:4"]
     parts = [packed(scheme, seed) for seed in range(3)]
@@ -134,6 +168,21 @@ def test_linears_that_the_checkpoint_fuses_are_cut_part_by_part(ranks: int, conf
         outputs.append(method.apply(layer, X).split(N // 2 // ranks, -1))
     got = torch.cat([output[part] for part in range(2) for output in outputs], -1)
     close(got, X @ dense(scheme, tensors).T)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["16-bit norms rank 5", "int4 rank 5", "groups norms"])
+def test_a_selected_linear_that_the_checkpoint_fuses(ranks: int, name: str, configure: Any) -> None:
+    scheme, tensors, fused = SELECTED[name], selected(SELECTED[name]), f"{BLOCK}.mlp.gate_up_proj"
+    outputs = []
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (WIDE // 2, WIDE // 2), K)
+        method = configure({fused: scheme}).get_quant_method(layer, fused)
+        layer.create(method, by_rows=False)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        outputs.append(method.apply(layer, X).split(WIDE // 2 // ranks, -1))
+    close(torch.cat([output[part] for part in range(2) for output in outputs], -1), run(scheme, tensors, X))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -188,6 +237,33 @@ def test_refusals_name_the_linear(configure: Any) -> None:
     experts = configure({f"{BLOCK}.mlp.experts.0.up_proj": SCHEMES["2:4"]})
     with pytest.raises(InputError, match="is an expert"):
         experts.get_quant_method(nn.Module(), f"{BLOCK}.mlp")
+
+
+def test_what_selected_schemes_cannot_do_is_refused(registry: Any, configure: Any) -> None:
+    config = configure({DOWN: SELECTED["int4"], "lm_head": SELECTED["int4"]})
+    layer = LinearBase(0, 8, (WIDE,), K)
+    with pytest.raises(InputError, match=r"down_proj: parts of 8 outputs are no whole pairs of groups"):
+        layer.create(config.get_quant_method(layer, DOWN), by_rows=False)
+    with pytest.raises(InputError, match=r"lm_head is a head stored input by input"):
+        config.get_quant_method(ParallelLMHead(WIDE, K), "lm_head")
+    copied = LinearBase(0, 2, (WIDE,), K)
+    copied.num_kv_head_replicas = 2  # type: ignore[assignment]  # a name of vLLM's
+    with pytest.raises(InputError, match=r"down_proj: its groups are not cut for more ranks than key"):
+        copied.create(configure({DOWN: SELECTED["groups"]}).get_quant_method(copied, DOWN), by_rows=False)
+    data = ArtifactConfig(linears={DOWN: SELECTED["16-bit"]}, prefill="dense").to_json()
+    with pytest.raises(InputError, match=r"prefill is dense, but .* set it to masked"):
+        registry.configs["halfweight"].from_config(data)
+
+
+def test_damaged_groups_are_refused_before_they_are_cut(configure: Any) -> None:
+    scheme = SELECTED["groups"]
+    layer = LinearBase(0, 2, (WIDE,), K)
+    method = configure({DOWN: scheme}).get_quant_method(layer, DOWN)
+    layer.create(method, by_rows=False)
+    tensors = selected(scheme)
+    load(layer, {**tensors, "index": tensors["index"] | 0xFFF})
+    with pytest.raises(InputError, match=r"down_proj: index .*damaged"):
+        method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("damage", ["missing", "pattern", "shape"])
