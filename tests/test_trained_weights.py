@@ -29,6 +29,7 @@ STAGES = {
     "groups sym": {"pass": "gqsa", "pattern": "1x16", "density": 0.5, "symmetric": True},
     "groups_layer": {"pass": "gqsa", "pattern": "1x8", "density": 0.5, "balance": "layer"},
     "branch": {"pass": "rtn", "group_size": 16, "low_rank": {"fraction": 0.5}},
+    "int4 branch": {"pass": "rtn", "group_size": 16, "low_rank": {"fraction": 0.5, "bits": 4, "group_size": 16}},
     "int branch": {"pass": "wanda", "pattern": "2:4", "low_rank": {"fraction": 0.5, "bits": 8, "group_size": 16}},
 }
 
@@ -136,6 +137,20 @@ def test_a_step_of_the_grid_is_the_unit_of_a_code() -> None:
     after = unpack_weight(scheme, module.stored(tensors), SHAPE).quantized
     assert before is not None and after is not None
     assert torch.equal(after.codes, (before.codes + 1).clamp(max=15))
+
+
+def test_a_branch_moves_its_codes_while_those_of_the_weight_stay() -> None:
+    stage, scheme, tensors = stored("int4 branch")
+    module = TrainedLinear(scheme, stage, tensors, SHAPE, ("weights", "branch"), codes=False)
+    before = {half: tensors[f"{half}.codes"].clone() for half in "VU"}
+    parameters = {name: parameter for name, _, parameter in module.trained()}
+    assert set(parameters) == {"v.steps", "v.log_scales", "u.steps", "u.log_scales"}
+    assert 0.5 < float(parameters["u.steps"].detach().square().mean().sqrt()) < 2  # rates are relative to this
+    with torch.no_grad():
+        parameters["u.steps"].add_(1.0)
+    after = module.stored(tensors)
+    assert torch.equal(after["codes"], tensors["codes"]) and torch.equal(after["V.codes"], before["V"])
+    assert not torch.equal(after["U.codes"], before["U"])
 
 
 def test_gradients_of_frozen_codes_are_those_of_the_formula() -> None:

@@ -21,7 +21,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 class Rates(BaseModel):
     """Learning rates of AdamW, each relative to what it moves: `weights` in steps of the integer grid or, at 16 bits,
-    in the matrix's root mean square, as `branch` and `norms` are; `scales` in themselves; `zeros` in codes."""
+    in the matrix's root mean square, as `branch` (of codes: in theirs) and `norms` are; `scales` in themselves; `zeros`
+    in codes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,8 +65,8 @@ class EndToEndTuning(TrainingSettings):
     """Stage 2: the whole model is trained on `1 - distill` of the language-model loss and `distill` of the divergence
     from the dense model's `top_k` most likely tokens.
 
-    Masks and integer codes stay; `weights` are those of 16-bit schemes. A checkpoint is written every
-    `checkpoint_every` steps.
+    Masks and the weights' integer codes stay; `weights` are those of 16-bit schemes; `branch` moves its codes, too. A
+    checkpoint is written every `checkpoint_every` steps.
     """
 
     train: tuple[Part, ...] = Field(default=("weights", "scales", "branch"), min_length=1)

@@ -73,16 +73,18 @@ class IntegerWeight(nn.Module):
         middle: int,
         train: Collection[Part],
         origin: Tensor | None = None,
+        unit: float = 1.0,
     ) -> None:
         """`logical` holds quantized numbers; codes stay within `allowed`; `middle` is the zero point of symmetric ones.
 
-        Codes are only trained with `weights` in `train`. Then each starts as far from its neighbours as `origin`
-        `[N, K]`, the weight before it was rounded, is: in the middle all would be equally far, and change together.
+        Codes are only trained with `weights` in `train`, as so many `unit`. Then each starts as far from its neighbours
+        as `origin` `[N, K]`, the weight before it was rounded, is: in the middle all would be equally far, and change
+        together.
         """
         super().__init__()
         assert logical.quantized is not None
         codes, scales, zeros = logical.quantized
-        self.columns, self.allowed = codes.shape[1], allowed
+        self.columns, self.allowed, self.unit = codes.shape[1], allowed, unit
         whole = torch.full_like(scales, middle) if zeros is None else zeros
         self._base, self._zeros = scales[..., None], whole[..., None]
         # A short last group is padded with its zero point, and so with zeros here.
@@ -96,6 +98,8 @@ class IntegerWeight(nn.Module):
         if origin is not None and self.steps is not None:
             wanted = split_groups(origin.float(), group_size) / self._base.float().clamp(min=_SMALLEST)
             self.steps.data.add_((wanted - self.steps.data).clamp_(-_WITHIN, _WITHIN))
+        if self.steps is not None:
+            self.steps.data.div_(unit)
         self._frozen = None if "weights" in train else steps.to(torch.int8 if allowed.high < 128 else torch.int16)
         self.log_scales = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if "scales" in train else None
         self.zero_shift = nn.Parameter(torch.zeros_like(self._base, dtype=torch.float32)) if moves else None
@@ -151,7 +155,8 @@ class IntegerWeight(nn.Module):
             if self.zero_shift is None:
                 return self._frozen.float()
             return self._frozen + self._zeros.float() - self._whole_zeros()  # the codes themselves stay
-        centered: Tensor = _Centered.apply(self.steps, self._whole_zeros(), self.allowed.low, self.allowed.high)
+        steps = self.steps if self.unit == 1 else self.steps * self.unit
+        centered: Tensor = _Centered.apply(steps, self._whole_zeros(), self.allowed.low, self.allowed.high)
         return centered
 
 
@@ -201,7 +206,7 @@ class TrainedLinear(nn.Module):
         codes: bool = True,
     ) -> None:
         """`tensors` are the stored ones by suffix, `stage` the recipe's stage that made them, `origin` `[N, K]` the
-        dense weight. Without `codes` those of integers stay, whatever `train` says of weights."""
+        dense weight. Without `codes` those of the weight stay, whatever `train` says; the branch's are the branch's."""
         super().__init__()
         self.scheme, self.shape = scheme, shape
         plain = scheme.model_copy(update={"low_rank": None})
@@ -223,9 +228,7 @@ class TrainedLinear(nn.Module):
             return
         assert branch.integers is not None  # it has parts
         (n, k), allowed = shape, CodeRange.of(branch.integers.bits, True)
-        inside: list[Part] = ["scales"] if "branch" in train else []
-        if inside and "weights" in train and codes:
-            inside.append("weights")
+        inside: list[Part] = ["scales", "weights"] if "branch" in train else []
         v, u = ({m[2:]: t for m, t in tensors.items() if m.startswith(f"{part}.")} for part in "VU")
         self.v = _trainable(branch.parts[0], v, (branch.rank, k), "branch", inside, allowed)
         self.u = _trainable(branch.parts[1], u, (n, branch.rank), "branch", inside, allowed)
@@ -334,4 +337,6 @@ def _trainable(
     if scheme.integers is None:
         return FloatWeight(logical, part, train)
     middle = 1 << (scheme.integers.bits - 1)
-    return IntegerWeight(logical, allowed, scheme.integers.group_size, middle, train, origin)
+    assert logical.quantized is not None
+    unit = unit_of(logical.quantized.codes.float() - middle) if part == "branch" else 1.0
+    return IntegerWeight(logical, allowed, scheme.integers.group_size, middle, train, origin, unit)
