@@ -125,6 +125,10 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # as above
         raise InputError(f"{path}: no usable tokenizer ({' '.join(str(error).split())})") from None
+    files = tokenizer.vocab_files_names.values()
+    if not any((Path(path) / file).is_file() for file in files):  # transformers 5.0 makes up an empty one
+        raise InputError(f"{path}: no usable tokenizer (none of {', '.join(files)})")
+    return tokenizer

@@ -45,8 +45,12 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     config = load_config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the modules are swapped in here, not by transformers
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # as above; early releases of transformers check no types before
+        file = checkpoint.path / "config.json"
+        raise InputError(f"{file}: describes no model ({' '.join(str(error).split())})") from None
     if artifact is not None:
         swap_modules(model, artifact)
     check_stored(model, checkpoint.tensors)

@@ -133,8 +133,11 @@ BAD_INPUT: dict[str, Case] = {
     "no config": (lambda w: w.compress(w.bad / "no-config"), ("config.json",)),
     "config not JSON": (lambda w: w.compress(w.bad / "config-not-json"), ("config.json",)),
     "config too deep": (lambda w: w.compress(w.bad / "config-deep"), ("config.json",)),
-    "config with a wrong type": (lambda w: w.compress(w.bad / "config-type"), ("config-type", "hidden_size")),
-    "config with a wrong type, eval": (lambda w: ["eval", w.bad / "config-type"], ("config-type",)),
+    "config with a wrong type": (lambda w: w.compress(w.bad / "config-type"), ("config-type", "config.json")),
+    "config with a wrong type, eval": (
+        lambda w: ["eval", w.bad / "config-type", "--text", w.text, "--seqlen", "32"],
+        ("config-type",),
+    ),
     "config of another shape, eval": (
         lambda w: ["eval", w.bad / "config-shape", "--text", w.text, "--seqlen", "32"],
         ("shape", "model.safetensors"),
