@@ -15,6 +15,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer
 
+    from ..compress.launch import leads
     from ..serving.errors import HalfweightError
     from .app import app
     from .output import fail
@@ -27,6 +28,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(status or 0)
     except click_exception as error:
+        if not leads():  # torchrun's other processes have read the same command
+            sys.exit(2)
         fail(f"{error.format_message().rstrip('.')}; see `halfweight --help`", 2)
     except HalfweightError as error:
         fail(str(error), error.exit_code)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..compress.launch import launched
 from .bench import bench
 from .compare import compare
 from .compress import compress
@@ -39,11 +40,13 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "compress" and launched():
+        raise typer.BadParameter(f"{context.invoked_subcommand} runs in one process; only compress takes torchrun")
 
 
 app.command()(demo)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..serving.errors import InputError
 from . import options
 from .output import human_bytes, human_seconds, out, progress_bars, say, table, write_json
 
@@ -55,6 +56,8 @@ def compress(
 ) -> None:
     """Calibrate, compress, write, reload and verify. An interrupted run resumes with the same command.
 
+    Under torchrun, processes share the work, each with a part of the calibration windows (docs/distributed.md).
+
     Examples:
 
         halfweight compress demo --recipe 2of4-admm --out smollm2-2of4
@@ -66,27 +69,34 @@ def compress(
         halfweight compress ./my-llama --recipe w4-g64-best --out my-w4 --tuning-samples 512 --block-epochs 2
 
         halfweight compress demo --recipe teal-50 --target-ppl-increase 5 --out smollm2-ppl5
+
+        torchrun --nproc-per-node 8 -m halfweight compress ./my-llama --recipe gqsa-w4s50 --out my-w4s50
     """
     from ..compress.driver import compress_checkpoint
     from ..compress.memory import return_large_buffers
     from ..compress.recipe import Recipe
     from ..compress.target import TargetReport, compress_to_target
+    from ..compress.world import join
 
-    loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
-    loaded = loaded.with_embeddings(embeddings)
-    loaded = loaded.with_tuning(
-        tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
-    )
     return_large_buffers()
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    settings |= {"overwrite": overwrite, "fresh": fresh}
-    result: CompressionReport | TargetReport
-    with progress_bars() as progress:
+    with join(device) as world, progress_bars() as progress:
+        if world.size > 1 and target_ppl_increase is not None:
+            raise InputError("--target-ppl-increase compresses many times, in one process; run it without torchrun")
+        loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
+        loaded = loaded.with_embeddings(embeddings)
+        loaded = loaded.with_tuning(
+            tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
+        )
+        settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        settings |= {"overwrite": overwrite, "fresh": fresh}
+        result: CompressionReport | TargetReport
         if target_ppl_increase is None:
-            result = compress_checkpoint(model, loaded, output, progress=progress, **settings)
+            result = compress_checkpoint(model, loaded, output, progress=progress, world=world, **settings)
         else:
             share = target_ppl_increase / 100
             result = compress_to_target(model, loaded, output, share, progress=progress, **settings)
+    if not world.leads:
+        return
     write_json(json, result)
     if isinstance(result, TargetReport):
         show_trials(result)
@@ -131,7 +141,8 @@ def show(report: CompressionReport) -> None:
         f" {report.calibration_data} text held out)",
     )
     rows.add_row("verified", f"reloaded outputs differ by {report.verification.relative_difference:.1e}")
-    rows.add_row("time, peak memory", f"{human_seconds(report.seconds)}, {report.peak_rss_gb:.2f} GB")
+    shared = f" in the largest of {report.processes} processes" if report.processes > 1 else ""
+    rows.add_row("time, peak memory", f"{human_seconds(report.seconds)}, {report.peak_rss_gb:.2f} GB{shared}")
     out.print(rows)
 
 

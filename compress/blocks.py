@@ -208,10 +208,12 @@ class BlockWalker:
     def embed(self, windows: list[Tensor], table: Table | None = None) -> list[Tensor]:
         """Inputs `[B, T, D]` of block 0, in batches of token windows `[T]`; learns every block's arguments on the way.
 
-        All windows have one length; B is what `batch_size` says, less in the last batch. The batches are views of one
-        tensor, to be updated in place: thousands of separate activations would riddle the heap with holes. Embeddings
-        come from `table` when that is to stand in for the checkpoint's own.
+        All windows, if there are any, have one length; B is what `batch_size` says, less in the last batch. The batches
+        are views of one tensor, to be updated in place: thousands of separate activations would riddle the heap with
+        holes. Embeddings come from `table` when that is to stand in for the checkpoint's own.
         """
+        if not windows:
+            return []
         stream = torch.empty(0)
         filled = 0
 
@@ -256,6 +258,8 @@ class BlockWalker:
         The final norm, the head and any scaling of logits run in the model's own code, a slice of the vocabulary at a
         time, so that neither the head's weights nor more than `logits` logits of a window are ever held.
         """
+        if not windows:
+            return []
         size = self.model.get_submodule(self.head).out_features
         step = max(1, logits // len(windows[0]))
         targets = torch.stack(windows).to(self.device)[:, 1:]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from ..eval.text import bos_token, builtin_text, consecutive_windows, read_text, tokenize, with_bos
 from ..serving.errors import InputError
 from ..serving.load import load
+from .blocks import batch_size
 from .recipe import Calibration
+from .world import World
 
 # Calibration draws from the first 90 % of the tokens; the rest is the dev set, for reports, tuning and early stopping.
 CALIBRATION_PERCENT = 90
@@ -36,6 +39,24 @@ class Windows:
         """All windows that are trained on, in order."""
         return [*self.calibration, *self.tuning]
 
+    def share(self, world: World) -> Windows:
+        """This process's part of the windows: whole batches, where that leaves calibration windows for everybody, so
+        that they give the same bits in any number of processes."""
+
+        def part(windows: list[Tensor], one_each: bool) -> list[Tensor]:
+            size = batch_size(len(windows[0])) if windows else 1
+            if one_each and len(windows) <= size * (world.size - 1):
+                size = 1
+            batches = [windows[i : i + size] for i in range(0, len(windows), size)]
+            return [window for batch in world.share(batches) for window in batch]
+
+        return replace(
+            self,
+            calibration=part(self.calibration, True),
+            dev=part(self.dev, False),
+            tuning=part(self.tuning, False),
+        )
+
 
 def load_windows(
     settings: Calibration,
@@ -55,6 +76,24 @@ def load_windows(
     if settings.data == "self":
         return self_windows(settings, model, bos, tuning)
     return text_windows(tokenize(tokenizer, _text(settings)), settings, bos, tuning)
+
+
+def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
+    """The windows that `load` gives the leader of `world`, for everybody: text is read, or sampled, once.
+
+    Raises InputError when there are fewer calibration windows than processes.
+    """
+    names = ("calibration", "dev", "tuning")
+    found = load() if world.leads else Windows([], [], 0)
+    tensors = {name: torch.stack(getattr(found, name)) for name in names if getattr(found, name)}
+    got = world.broadcast(tensors, 0, torch.device("cpu"))
+    windows = {name: list(got[name]) if name in got else [] for name in names}
+    if len(windows["calibration"]) < world.size:
+        raise InputError(
+            f"{len(windows['calibration'])} calibration windows for {world.size} processes; use --samples"
+            f" {world.size} or more, or fewer processes"
+        )
+    return Windows(text_tokens=world.shared(found.text_tokens), **windows)
 
 
 def check_context(settings: Calibration, max_length: int | None) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..eval.perplexity import summarize
-from ..serving.checkpoint import read_header
+from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
-from ..serving.errors import RunError
+from ..serving.errors import InputError, RunError
 from ..serving.inspect import inspect_checkpoint
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from . import vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
-from .calibration import load_windows
+from .calibration import Windows, load_windows, shared_windows
 from .journal import Journal, fingerprint, tokens_hash
 from .memory import peak_rss_gb, release_memory
 from .recipe import Recipe
@@ -31,6 +36,7 @@ from .report import (
     silent,
 )
 from .run import Run
+from .world import ALONE, World
 
 
 def compress_checkpoint(
@@ -44,43 +50,52 @@ def compress_checkpoint(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: OnProgress = silent,
+    world: World = ALONE,
 ) -> CompressionReport:
     """Compress `model` by `recipe` into the new checkpoint folder `out`, verify it by reloading, and report.
 
     `model` is a folder, a hub id, a GGUF file or `demo`; `recipe` a Recipe, a file or a shipped name. Blocks are
     computed in `dtype` on `device` and stored in the checkpoint's own dtype. Memory stays at a block or two, the
     embeddings and the calibration activations. Interrupted work stays in `OUT.partial`, and the same call resumes it;
-    `fresh` discards it. Raises InputError for bad input and RunError when the work fails; `out` appears only when
-    everything succeeded.
+    `fresh` discards it. The processes of `world` share the work (docs/distributed.md): all of them call this alike, its
+    leader alone writes, reads the calibration text and shows progress, all return the report. Raises InputError for bad
+    input and RunError when the work fails; `out` appears only when everything succeeded.
     """
     begin = time.monotonic()
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    source = resolve_model(
-        str(model),
-        trust_remote_code=trust_remote_code,
-        report=lambda text: progress(Progress("model", 0, 1, text)),
+    _require_shareable(recipe, world)
+    progress = _noting(progress, world)
+    source = world.in_turns(
+        lambda: resolve_model(
+            str(model),
+            trust_remote_code=trust_remote_code,
+            report=lambda text: progress(Progress("model", 0, 1, text)),
+        )
     )
     checkpoint = open_dense(source.path)
-    where = resolve_device(device)
+    _require_same(checkpoint, world)
+    where = world.local(resolve_device(device))
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
-    partial = writer.prepare(out, overwrite)
-    with writer.alone_in(partial):
-        with writer.no_empty_leftover(partial):
-            writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
-            tokenizer = load_tokenizer(source.path)
-            samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
-            windows = load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
-        del tokenizer
+    with _work_folder(out, overwrite, world) as partial:
+
+        def load() -> Windows:
+            with writer.no_empty_leftover(partial):
+                writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+                tokenizer = load_tokenizer(source.path)
+                samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
+                return load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
+
+        windows = shared_windows(world, load)
         release_memory()
         settings = (recipe.to_yaml(), str(walker.dtype), where.type)
-        identity = fingerprint(checkpoint, [*windows.all, *windows.dev], *settings)
-        journal = Journal(partial, identity, fresh)
-        run = Run(walker, stages, recipe, windows, journal, progress)
+        identity = world.shared(fingerprint(checkpoint, [*windows.all, *windows.dev], *settings))
+        journal = Journal(partial, identity, fresh, world)
+        run = Run(walker, stages, recipe, windows.share(world), journal, progress, world)
         resumed = run.all_blocks()
         parts = run.whole(identity)
 
@@ -90,11 +105,17 @@ def compress_checkpoint(
             integers = recipe.embeddings.integers()
             heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
             scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
-        _assemble(partial, walker, scheme, recipe, parts)
+        if world.leads:
+            _assemble(partial, walker, scheme, recipe, parts)
+        world.meet()
         release_memory()
         progress(Progress("verify", 0, 1))
         verification, compressed_losses = run.verify(partial)
-        dense_losses = walker.losses(run.dev_dense, windows.dev)
+        dense_losses = walker.losses(run.dev_dense, run.windows.dev)
+        losses = _by_window(dense_losses, world), _by_window(compressed_losses, world)
+        calibrated, memory = world.gathered(run.calibrated), world.gathered(peak_rss_gb())
+        if not world.leads:
+            return CompressionReport.model_validate(world.shared({}))
         inspection = inspect_checkpoint(partial)
         report = CompressionReport(
             model=source.name,
@@ -102,7 +123,7 @@ def compress_checkpoint(
             recipe=recipe.name,
             out=str(out),
             seconds=time.monotonic() - begin,
-            peak_rss_gb=peak_rss_gb(),
+            peak_rss_gb=max(memory),
             blocks=walker.n_blocks,
             blocks_resumed=resumed,
             effective_bits=inspection.effective_bits,
@@ -116,9 +137,9 @@ def compress_checkpoint(
             dtype=str(walker.dtype).removeprefix("torch."),
             device=str(where),
             dev=DevPerplexity(
-                dense=summarize(dense_losses)[0],
-                compressed=summarize(compressed_losses)[0],
-                tokens=sum(len(loss) for loss in dense_losses),
+                dense=summarize(losses[0])[0],
+                compressed=summarize(losses[1])[0],
+                tokens=sum(len(loss) for loss in losses[0]),
                 windows=len(windows.dev),
                 seqlen=len(windows.dev[0]),
             ),
@@ -127,6 +148,8 @@ def compress_checkpoint(
             tables=run.tables,
             tuning=run.tuned,
             versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+            processes=world.size,
+            windows_by_process=calibrated,
         )
         if fingerprint(checkpoint, [*windows.all, *windows.dev], *settings) != identity:
             raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
@@ -135,7 +158,62 @@ def compress_checkpoint(
         for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
             (out / name).unlink()
         progress(Progress("verify", 1, 1))
+        world.shared(report.model_dump())
         return report
+
+
+_DOING = {
+    "model": "the model was being fetched",
+    "embed": "calibration text was being embedded",
+    "verify": "the artifact was being verified",
+}
+
+
+def _noting(progress: OnProgress, world: World) -> OnProgress:
+    """`progress` for the leader, none for others; either way `world` knows what the run is at."""
+
+    def note(step: Progress) -> None:
+        if step.stage == "blocks" and step.done < step.total:
+            world.doing = f"block {step.done} was being solved"
+        else:
+            world.doing = _DOING.get(step.stage, "the artifact was being written")
+        if world.leads:
+            progress(step)
+
+    return note
+
+
+def _require_shareable(recipe: Recipe, world: World) -> None:
+    """Raise InputError for what several processes cannot do together."""
+    if world.size > 1 and recipe.tuning is not None:
+        raise InputError(
+            f"recipe {recipe.name}: tuning does not spread over {world.size} processes; add --tuning none, or run it"
+            " without torchrun"
+        )
+
+
+def _require_same(checkpoint: Checkpoint, world: World) -> None:
+    """Raise InputError unless all processes see the same model, be it in copies of their own."""
+    seen = hashlib.sha256(checkpoint.stamp(times=False).encode()).hexdigest()
+    if world.shared(seen) != seen:
+        raise InputError(
+            f"{checkpoint.path}: is another model than rank 0 has there; copy it anew, or share the folder"
+        )
+
+
+@contextmanager
+def _work_folder(out: Path, overwrite: bool, world: World) -> Iterator[Path]:
+    """The work folder of `out`, which the leader prepares and holds."""
+    with ExitStack() as held:
+        partial = writer.prepare(out, overwrite) if world.leads else out
+        if world.leads:
+            held.enter_context(writer.alone_in(partial))
+        yield Path(world.shared(str(partial)))
+
+
+def _by_window(losses: list[Tensor], world: World) -> list[Tensor]:
+    """The losses `[T - 1]` of all windows, from everybody's share of them."""
+    return [torch.tensor(loss) for part in world.gathered([loss.tolist() for loss in losses]) for loss in part]
 
 
 def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe, parts: Sequence[str]) -> None:

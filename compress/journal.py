@@ -15,6 +15,8 @@ from torch import Tensor
 from ..serving.checkpoint import Checkpoint
 from ..serving.durable import disk_errors, write_text
 from ..serving.errors import InputError
+from . import writer
+from .world import ALONE, World
 from .writer import JOURNAL
 
 
@@ -22,14 +24,23 @@ class Journal:
     """`journal.jsonl` in the work folder: a fingerprint, then one line per finished part with its hash and report rows.
 
     A part is written and synced before its line is; a line that does not parse, or whose part has another hash, ends
-    the valid prefix, and everything after it is done again.
+    the valid prefix, and everything after it is done again. Of several processes the leader reads and writes; the
+    others have the same entries.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
-        """Opens or starts the journal; raises InputError when `folder` holds another run's unfinished work."""
-        self.folder, self.file = folder, folder / JOURNAL
+    def __init__(self, folder: Path, fingerprint: str, fresh: bool = False, world: World = ALONE) -> None:
+        """Opens or starts the journal; raises InputError when `folder` holds another run's unfinished work, or is not
+        the leader's folder."""
+        self.folder, self.file, self.world = folder, folder / JOURNAL, world
         self.entries: list[dict[str, Any]] = []
-        lines = self._lines()
+        if world.leads:
+            self._open(fingerprint, fresh)
+        self.entries = world.shared(self.entries)
+        if not world.leads and self._lines()[:1] != [{"fingerprint": fingerprint}]:
+            raise InputError(f"{folder}: is another folder here than for rank 0; choose an --out that all hosts share")
+
+    def _open(self, fingerprint: str, fresh: bool) -> None:
+        folder, lines = self.folder, self._lines()
         if lines and not fresh:
             if lines[0].get("fingerprint") != fingerprint:
                 raise InputError(
@@ -68,14 +79,22 @@ class Journal:
         """The entry of a finished part, or None."""
         return next((entry for entry in self.entries if entry["part"] == part), None)
 
+    def store(self, part: str, tensors: dict[str, Tensor], **fields: Any) -> None:
+        """Write a part and its entry, both durably. What the leader passes counts."""
+        if self.world.leads:
+            writer.write_part(self.folder / part, tensors)
+        self.record(part, **fields)
+
     def record(self, part: str, **fields: Any) -> None:
-        """Append the entry of `part` (already durable) and make the line durable."""
-        entry = {"part": part, "sha256": file_hash(self.folder / part), **fields}
-        with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.entries.append(entry)
+        """Append the entry of `part` (already durable) and make the line durable. What the leader passes counts."""
+        entry: dict[str, Any] = {}
+        if self.world.leads:
+            entry = {"part": part, "sha256": file_hash(self.folder / part), **fields}
+            with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.entries.append(self.world.shared(entry))
 
 
 def file_hash(file: Path) -> str:
@@ -96,7 +115,10 @@ def tokens_hash(windows: Iterable[Tensor]) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint, windows: Iterable[Tensor], *settings: str) -> str:
-    """Hash over the model (config, tensor headers, shard sizes and times), the token windows and further settings."""
+    """Hash over the model (config, tensor headers, shard sizes and times), the token windows and further settings.
+
+    How many processes share the work is no part of it.
+    """
     digest = hashlib.sha256()
     digest.update(checkpoint.stamp().encode())
     for setting in (tokens_hash(windows), *settings):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .world import World
+
 _DROPPED = 15  # low bits of a float's pattern: 2^16 bins, each 2^-8 of its numbers wide
 
 
@@ -22,6 +24,10 @@ class QuantileSketch:
         """Count `values`, finite and >= 0, of any shape."""
         bins = values.float().contiguous().view(torch.int32).flatten() >> _DROPPED
         self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
+
+    def share(self, world: World) -> None:
+        """Take in what the other processes have added to theirs; nothing is to be added afterwards."""
+        self.counts = world.sum(self.counts)
 
     def quantile(self, share: float) -> float:
         """A number that about `share` (0 to 1) of the values do not exceed; 0 when nothing was added.

@@ -96,7 +96,8 @@ class Verification(BaseModel):
 class CompressionReport(BaseModel):
     """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`. `seconds` is wall
     time and `peak_rss_gb` the peak resident memory of the process (10^9 bytes); bits are defined in
-    `serving/inspect.py`; `windows_sha256` is of the calibration tokens."""
+    `serving/inspect.py`; `windows_sha256` is of the calibration tokens. Of several `processes` the peak is the largest
+    one's, `windows_by_process` counts the calibration windows that each of them held."""
 
     model: str
     note: str | None
@@ -122,3 +123,5 @@ class CompressionReport(BaseModel):
     tables: list[TableReport]
     tuning: list[TuningReport] = []
     versions: dict[str, str]
+    processes: int = 1
+    windows_by_process: list[int] = []

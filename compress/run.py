@@ -31,11 +31,12 @@ from .report import (
     TuningReport,
     Verification,
 )
-from .solve import solve_linear
+from .solve import Solved, replace_linear, solve_linear
 from .statistics import InputStatistics
 from .tuning.block import Pairs, tune_block
 from .tuning.weights import stored_tensors, trainable_weights
 from .tuning.whole import Job, remember_teacher, tune_whole
+from .world import ALONE, World
 
 # Reloaded outputs must match the run's own up to the compute dtype's rounding.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -52,15 +53,18 @@ class Run:
         windows: Windows,
         journal: Journal,
         progress: OnProgress,
+        world: World = ALONE,
     ) -> None:
+        """`windows` are this process's share of them, in `world`."""
         self.walker, self.stages, self.embeddings, self.windows = walker, stages, recipe.embeddings, windows
         self.tuning, self.seed = recipe.tuning, recipe.calibration.seed
-        self.journal, self.progress = journal, progress
+        self.journal, self.progress, self.world = journal, progress, world
         self.hidden: list[Tensor] = []  # calibration activations of the compressed model ...
         self.more: list[Tensor] = []  # ... and those of further windows to tune on
         self.dense: list[Tensor] = []  # both of the dense model, when there is something to tune
         self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
         self.dev_dense: list[Tensor] = []  # ... and of the dense one
+        self.calibrated = 0  # how many calibration windows they hold
         self.tensors = walker.stored()
         self.layers: list[LayerReport] = []
         self.tables: list[TableReport] = []
@@ -79,6 +83,7 @@ class Run:
                 self.more = walker.embed(self.windows.tuning, table)
             parts = [part for part in (self.windows.calibration, self.windows.tuning) if part]
             self.dense = [x for part in parts for x in walker.embed(part)]
+        self.calibrated = sum(len(x) for x in self.hidden)
         release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
@@ -95,9 +100,9 @@ class Run:
         entry = self.journal.done(part)
         if entry is None:
             self.progress(Progress("embed", 0, 1, f"rounding to {self.embeddings.numbers}"))
-            reports, packed = vocabulary.quantize_tables(tables.values(), self.embeddings, self.walker.device)
-            writer.write_part(self.journal.folder / part, packed)
-            self.journal.record(part, tables=[report.model_dump() for report in reports])
+            mine = tables.values() if self.world.leads else ()
+            reports, packed = vocabulary.quantize_tables(mine, self.embeddings, self.walker.device)
+            self.journal.store(part, packed, tables=[report.model_dump() for report in reports])
             entry = self.journal.entries[-1]
         self.tables = [TableReport.model_validate(report) for report in entry["tables"]]
         return self._quantized(tables[self.walker.embedding])
@@ -114,8 +119,9 @@ class Run:
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
             linears = self._linears_of(index)
-            first, *others = self.dev_dense
-            groups = input_groups(linears, lambda: self._propagate(index, block, [first]))
+            first, others = self.dev_dense[:1], self.dev_dense[1:]  # none, where processes outnumber dev windows
+            groups = input_groups(linears, lambda: self._propagate(index, block, first)) if first else []
+            groups = self.world.shared(groups)
             self._propagate(index, block, [*others, *self.dense])
             entry = self.journal.done(part)
             resumed = entry is not None
@@ -124,20 +130,22 @@ class Run:
                 self._fill(index, block, writer.read_part(self.journal.folder / part))
             else:
                 # One batch tells the linears of a block apart.
-                sparsities = allocate(partial(walker.run, index, block), linears, self.stages, self.hidden[:1])
+                run, first = partial(walker.run, index, block), self.hidden[:1]
+                found = allocate(run, linears, self.stages, first) if self.world.leads else {}
+                sparsities = self.world.shared(found)
                 self.stages.update(with_sparsities(self.stages, sparsities))
                 dense = {name: linear.weight for name, linear in linears.items() if self._tunes_blocks}
                 layers, packed = self._solve(index, block, linears, groups)
                 tuned = self._tune(index, block, packed, dense)
                 del dense
-                writer.write_part(self.journal.folder / part, packed)
-                del packed
-                self.journal.record(
+                self.journal.store(
                     part,
+                    packed,
                     layers=[layer.model_dump() for layer in layers],
                     tuning=[row.model_dump() for row in tuned],
                     sparsities=sparsities,
                 )
+                del packed
             if resumed or self._tunes_blocks:
                 self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
             entry = self.journal.done(part) or {}
@@ -213,23 +221,23 @@ class Run:
                 statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
                 # The paused passes hold these tensors themselves.
                 seen, unseen = ([forward.run_to(group[0]) for forward in passes] for passes in (calibration, dev))
-                for x in seen:
-                    statistics.add(x)
+                statistics.collect(seen, self.world)
                 release_memory()  # the solvers need other sizes than the forward passes left behind
-                for name in group:
-                    layer, tensors = solve_linear(
-                        name,
-                        linears[name],
-                        self.stages[name],
-                        self.tensors[f"{name}.weight"].dtype,
-                        statistics,
-                        seen,
-                        unseen,
-                    )
-                    layers.append(layer)
-                    packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-                    done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
-                    self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
+                for together in self.world.rounds(group):
+                    solved = [Solved.nothing() for _ in together]
+                    for name in together[self.world.rank :][:1]:
+                        stored = self.tensors[f"{name}.weight"].dtype
+                        solved[self.world.rank] = solve_linear(
+                            name, linears[name], self.stages[name], stored, statistics
+                        )
+                    for source, name in enumerate(together):
+                        linear, stage, stored = linears[name], self.stages[name], self.tensors[f"{name}.weight"].dtype
+                        found = solved[source].shared(self.world, source, walker.device)
+                        layer, tensors = replace_linear(name, linear, stage, stored, found, seen, unseen, self.world)
+                        layers.append(layer)
+                        packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+                        done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
+                        self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))
                 del statistics, seen, unseen
                 release_memory()  # and the other way round
             # Nobody calibrates on the last block's outputs, and a block to be tuned needs its inputs once more.
@@ -287,7 +295,8 @@ class Run:
             block.get_parameter(name[len(self.walker.block_prefix(index)) + 1 :]).copy_(tensor)
 
     def verify(self, folder: Path) -> tuple[Verification, list[Tensor]]:
-        """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too.
+        """Reload the artifact, run it block by block on the dev windows, compare with this run; returns its losses too,
+        those of this process's windows.
 
         Raises RunError on a mismatch.
         """
@@ -302,10 +311,12 @@ class Run:
                 for x in stream:
                     x.copy_(reloaded.run(index, block, x))
             release_memory()
-        difference = max(float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True))
+        apart = [float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True)]
+        difference = max(found for part in self.world.gathered(apart) for found in part)
         tolerance = _TOLERANCE.get(self.walker.dtype, 1e-3)
         if not difference <= tolerance:
-            (folder / writer.JOURNAL).write_text("")  # these parts must not be resumed
+            if self.world.leads:
+                (folder / writer.JOURNAL).write_text("")  # these parts must not be resumed
             raise RunError(
                 f"{folder}: the reloaded checkpoint's outputs differ by {difference:.2e} (relative RMS, allowed"
                 f" {tolerance:.0e}); the artifact was not published, please report this"

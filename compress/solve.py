@@ -1,8 +1,12 @@
-"""One linear from its statistics to what is stored for it, and to a module that computes as the stored tensors will."""
+"""One linear from its statistics to what is stored for it, and to a module that computes as the stored tensors will.
+
+One process solves, and tells the others what is stored; all of them replace.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +18,34 @@ from .passes import PASSES, StageConfig, low_rank, selection
 from .passes.hessian import HessianError
 from .report import LayerReport
 from .statistics import InputStatistics, relative_error, spread_rows
+from .world import ALONE, World
+
+
+class Solved(NamedTuple):
+    """What a pass left of a linear: its stored tensors by suffix, and of the report its density and numbers."""
+
+    packed: dict[str, Tensor]
+    density: float
+    stats: dict[str, float]
+
+    @classmethod
+    def nothing(cls) -> Solved:
+        """In place of what another process has solved."""
+        return cls({}, 0.0, {})
+
+    def shared(self, world: World, source: int, device: torch.device) -> Solved:
+        """What process `source` has."""
+        packed = world.broadcast(self.packed, source, device)
+        density, stats = world.shared((self.density, self.stats), source)
+        return Solved(packed, density, stats)
 
 
 def solve_linear(
-    name: str,
-    linear: nn.Linear,
-    stage: StageConfig,
-    stored: torch.dtype,
-    statistics: InputStatistics,
-    seen: Sequence[Tensor],
-    unseen: Sequence[Tensor],
-) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Solve one linear and make it what its tensors, also returned, stand for; `stored` is the checkpoint's dtype.
+    name: str, linear: nn.Linear, stage: StageConfig, stored: torch.dtype, statistics: InputStatistics
+) -> Solved:
+    """Solve one linear, which stays as it is; `stored` is the checkpoint's dtype.
 
-    `seen` and `unseen` `[..., K]` are its inputs on the calibration and on the dev set. Raises RunError, naming the
-    linear, when there is nothing to work with or the result is not finite.
+    Raises RunError, naming the linear, when there is nothing to work with or the result is not finite.
     """
     statistics.require_usable(name)
     weight = linear.weight.float()
@@ -38,8 +55,7 @@ def solve_linear(
         result = low_rank.solve(PASSES[stage.name], weight, statistics, stage, stored)
     except HessianError as unusable:
         raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
-    shape = (weight.shape[0], weight.shape[1])
-    scheme = stage.scheme(shape)
+    scheme = stage.scheme((weight.shape[0], weight.shape[1]))
     rounded = result.weight if result.quantized is not None else result.weight.to(stored)
     if not bool(torch.isfinite(rounded).all()):
         raise RunError(f"{name}: compressed weights are not finite in {stored}; raise damping, or keep the layer dense")
@@ -47,21 +63,42 @@ def solve_linear(
     if scheme.low_rank is not None and result.branch is not None:
         v, u, codes = result.branch
         packed |= pack_branch(scheme.low_rank, v.to(stored), u.to(stored), codes)
-    rounded = effective_weight(scheme, packed, shape, linear.weight.dtype)
-    linear.weight = nn.Parameter(rounded, requires_grad=False)
-    stats = result.stats
+    return Solved(packed, float(result.mask.float().mean()), result.stats)
+
+
+def replace_linear(
+    name: str,
+    linear: nn.Linear,
+    stage: StageConfig,
+    stored: torch.dtype,
+    solved: Solved,
+    seen: Sequence[Tensor],
+    unseen: Sequence[Tensor],
+    world: World = ALONE,
+) -> tuple[LayerReport, dict[str, Tensor]]:
+    """Make a linear what its tensors stand for, and choose what it reads, if it selects; all its tensors are returned.
+
+    `seen` and `unseen` `[..., K]` are this process's share of its inputs on the calibration and on the dev set. Raises
+    RunError, naming the linear, when there is no branch for the inputs it does not read.
+    """
+    weight, packed, stats = linear.weight.float(), solved.packed, solved.stats
+    shape = (weight.shape[0], weight.shape[1])
+    scheme = stage.scheme(shape)
+    linear.weight = nn.Parameter(effective_weight(scheme, packed, shape, linear.weight.dtype), requires_grad=False)
     if isinstance(linear, SelectingLinear):
-        reading, read = _select(name, linear, stage, stored, seen, unseen)
+        reading, read = _select(name, linear, stage, stored, seen, unseen, world)
         packed, stats = packed | reading, stats | read
-    held_out = torch.cat([spread_rows(x, 256 // len(unseen)) for x in unseen]).float()
-    error = relative_error(selection.outputs(held_out, linear), held_out @ weight.T)
+    batches = world.total(len(unseen))
+    rows = [spread_rows(x, max(1, 256 // batches)) for x in unseen]
+    held_out = torch.cat(rows).float() if rows else weight.new_zeros(0, shape[1])
+    error = relative_error(selection.outputs(held_out, linear), held_out @ weight.T, world)
     layer = LayerReport(
         name=name,
         shape=shape,
         method=stage.name,
         pattern=scheme.pattern,
         numbers=scheme.numbers,
-        density=float(result.mask.float().mean()),
+        density=solved.density,
         error=error,
         stats=stats,
     )
@@ -75,21 +112,23 @@ def _select(
     stored: torch.dtype,
     seen: Sequence[Tensor],
     unseen: Sequence[Tensor],
+    world: World,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Give a solved linear what it reads its inputs by; returns what is stored for that, and what it reads."""
     settings, shape = stage.selection, (linear.out_features, linear.in_features)
     scheme = stage.scheme(shape)
     assert settings is not None  # or it would not be such a linear
     try:
-        packed = pack_selection(scheme, selection.choose(linear.weight.float(), seen, settings, scheme, stored))
+        chosen = selection.choose(linear.weight.float(), seen, settings, scheme, stored, world)
     except HessianError as unusable:
         raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
+    packed = world.broadcast(pack_selection(scheme, chosen), 0, linear.weight.device)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in packed.values()):
         raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
     packed = {suffix: tensor.to(linear.weight.device) for suffix, tensor in packed.items()}
     linear.selection = selection_of(scheme, packed)
     read = {
-        "inputs_read": selection.read_share(unseen, linear),
+        "inputs_read": selection.read_share(unseen, linear, world),
         "inputs_wanted": settings.split(shape, scheme).inputs,
     }
     return packed, read

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from ..serving.errors import RunError
+from .world import ALONE, World
+
+_TILE = 256  # rows of a Gram matrix that are added to at once
 
 
 class InputStatistics:
@@ -27,6 +32,21 @@ class InputStatistics:
             self._sum += rows.float().square().sum(0)
         else:
             add_gram(self._sum, rows)
+
+    def collect(self, inputs: Sequence[Tensor], world: World) -> None:
+        """Accumulate all processes' `inputs` `[..., K]`, in the order of the processes: to the bit what one process
+        gets that adds them all."""
+        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+        self.tokens += world.total(sum(map(len, rows)))
+        if self._sum.ndim == 2:
+            add_grams(self._sum, lambda: rows, world)
+            return
+
+        def add(_: Sequence[int]) -> None:
+            for x in rows:
+                self._sum += x.float().square().sum(0)
+
+        world.chain(self._sum, {0: self._sum}, add)
 
     @property
     def hessian(self) -> Tensor:
@@ -55,15 +75,30 @@ class InputStatistics:
             )
 
 
-def add_gram(total: Tensor, rows: Tensor, tile: int = 256) -> None:
+def add_grams(total: Tensor, rows: Callable[[], Iterable[Tensor]], world: World) -> None:
+    """`add_gram` of every process's `rows()`, in the order of the processes.
+
+    While one process adds to a tile of rows, the one before it is at the next tile.
+    """
+
+    def add(starts: Sequence[int]) -> None:
+        for x in rows():
+            add_gram(total, x, starts=starts)
+
+    world.chain(total, {start: total[start : start + _TILE, start:] for start in range(0, len(total), _TILE)}, add)
+
+
+def add_gram(total: Tensor, rows: Tensor, tile: int = _TILE, starts: Sequence[int] | None = None) -> None:
     """Add `rows^T rows` to the upper triangle, by tiles, of `total` `[K, K]` fp32; about half the full product's work.
+
+    `starts` are the first rows of the tiles to add to, if not to all.
 
     A CPU multiplies bf16 rows as they are, with fp32 sums, and rounds each call's product (not the total) to bf16. That
     moves an entry by 2^-9 of itself at most, averaged over the calls: far less than the damping every solver adds.
     """
     native = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
     rows = rows if native else rows.float()
-    for start in range(0, len(total), tile):
+    for start in range(0, len(total), tile) if starts is None else starts:
         part, rest = rows[:, start : start + tile].T, rows[:, start:]
         upper = total[start : start + tile, start:]
         if native:
@@ -83,10 +118,10 @@ def mirror_upper(upper: Tensor, tile: int = 128) -> Tensor:
     return result
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """||y' - y||^2 / ||y||^2 of outputs y' and y; 0 when both are zero."""
-    size = float(wanted.square().sum())
-    return float((got - wanted).square().sum()) / size if size else 0.0
+def relative_error(got: Tensor, wanted: Tensor, world: World = ALONE) -> float:
+    """||y' - y||^2 / ||y||^2 of outputs y' and y, those of all processes; 0 when both are zero."""
+    lost, size = world.sum(torch.stack([(got - wanted).square().sum(), wanted.square().sum()])).tolist()
+    return float(lost / size) if size else 0.0
 
 
 def spread_rows(x: Tensor, rows: int) -> Tensor:

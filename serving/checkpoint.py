@@ -142,12 +142,14 @@ class Checkpoint:
             )
         return ArtifactConfig.parse(section, str(self.path / "config.json"))
 
-    def stamp(self) -> str:
-        """Tells this checkpoint from others without reading weights: config, tensor headers, shard sizes and times."""
+    def stamp(self, times: bool = True) -> str:
+        """Tells this checkpoint from others without reading weights: config, tensor headers, shard sizes and, where
+        copies are not to pass for each other, `times`."""
         lines = [json.dumps(self.config, sort_keys=True)]
         for name, info in sorted(self.tensors.items()):
             stat = info.file.stat()
-            lines.append(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {stat.st_mtime_ns}\n")
+            time = stat.st_mtime_ns if times else ""
+            lines.append(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {time}\n")
         return "".join(lines)
 
     def info(self, name: str) -> TensorInfo:

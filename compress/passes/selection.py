@@ -8,7 +8,7 @@ form is the truncated SVD of the weight; fitted to `inputs` it is the one that l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,34 @@ from ...serving.scheme import LinearScheme
 from ...serving.storage import Selection
 from ...triton_kernels.input_select import reference
 from ..quantiles import QuantileSketch
-from ..statistics import add_gram, mirror_upper
+from ..statistics import add_grams, mirror_upper
+from ..world import ALONE, World
 from .base import SelectionSettings
 from .low_rank import fit_outputs, input_directions, largest_singular
 
 
 def choose(
-    weight: Tensor, inputs: Sequence[Tensor], settings: SelectionSettings, scheme: LinearScheme, dtype: torch.dtype
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    settings: SelectionSettings,
+    scheme: LinearScheme,
+    dtype: torch.dtype,
+    world: World = ALONE,
 ) -> Selection:
     """What a linear with `weight` `[N, K]` fp32 and calibration `inputs` `[..., K]` reads by, as `settings` say.
 
-    The branch is rounded to `dtype`. Raises HessianError where the inputs that are not read determine no branch.
+    The `inputs` are this process's share of them. The branch is rounded to `dtype`. Raises HessianError where the
+    inputs that are not read determine no branch.
     """
     norms = column_norms(weight, settings.score)
     sketch = QuantileSketch()
     for x in inputs:
         sketch.add(scores(x, norms))
+    sketch.share(world)
     selection = threshold_of(sketch, norms, settings, scheme, (weight.shape[0], weight.shape[1]))
     if scheme.low_rank is None:
         return selection
-    v, u = _branch(weight, inputs, selection, settings, scheme.low_rank.rank, dtype)
+    v, u = _branch(weight, inputs, selection, settings, scheme.low_rank.rank, dtype, world)
     return selection._replace(v=v.to(dtype), u=u.to(dtype))
 
 
@@ -73,11 +81,12 @@ def outputs(x: Tensor, linear: nn.Linear) -> Tensor:
     return x @ weight if chosen is None else reference.linear(x, weight, chosen)
 
 
-def read_share(inputs: Sequence[Tensor], linear: SelectingLinear) -> float:
-    """The share of its `inputs` `[..., K]` that a linear with a selection reads."""
+def read_share(inputs: Sequence[Tensor], linear: SelectingLinear, world: World = ALONE) -> float:
+    """The share of its `inputs` `[..., K]`, those of all processes, that a linear with a selection reads."""
     assert linear.selection is not None  # the caller has just chosen it
     read = [reference.selected(x.reshape(-1, x.shape[-1]), linear.selection, 0) for x in inputs]
-    return sum(int(part.sum()) for part in read) / sum(part.numel() for part in read)
+    chosen, seen = sum(int(part.sum()) for part in read), sum(part.numel() for part in read)
+    return world.total(chosen) / world.total(seen)
 
 
 def _branch(
@@ -87,24 +96,27 @@ def _branch(
     settings: SelectionSettings,
     rank: int,
     dtype: torch.dtype,
+    world: World,
 ) -> tuple[Tensor, Tensor]:
     """`V` `[K, rank]` and `U` `[N, rank]`, so that `V U^T` stands for `weight^T`."""
     if settings.branch == "weight":
         _, right = largest_singular(weight, rank)
         return right, weight @ right
-    hessian = _unread_hessian(inputs, selection)
+    hessian = _unread_hessian(inputs, selection, world)
     if not bool(hessian.any()):  # nothing but zeros is left out, as after a ReLU
         return weight.new_zeros(weight.shape[1], rank), weight.new_zeros(weight.shape[0], rank)
     v = input_directions(weight, hessian, rank).to(dtype).float()
     return v, fit_outputs(weight, hessian, v)
 
 
-def _unread_hessian(inputs: Sequence[Tensor], selection: Selection) -> Tensor:
+def _unread_hessian(inputs: Sequence[Tensor], selection: Selection, world: World) -> Tensor:
     """X^T X / tokens `[K, K]` fp32 of what is not read."""
-    total = inputs[0].new_zeros((inputs[0].shape[-1],) * 2, dtype=torch.float32)
-    tokens = 0
-    for x in inputs:
-        rows = x.reshape(-1, x.shape[-1])
-        add_gram(total, rows.masked_fill(scores(rows, selection.norms) > selection.threshold, 0))
-        tokens += len(rows)
-    return mirror_upper(total).div_(tokens)
+    rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    total = rows[0].new_zeros((rows[0].shape[-1],) * 2, dtype=torch.float32)
+
+    def unread() -> Iterator[Tensor]:
+        for x in rows:
+            yield x.masked_fill(scores(x, selection.norms) > selection.threshold, 0)
+
+    add_grams(total, unread, world)
+    return mirror_upper(total).div_(world.total(sum(map(len, rows))))

@@ -76,8 +76,8 @@ def tune_whole(job: Job, say: Say) -> Tuned:
         report = _train(job, student, dev, say)
         for block, before, name in zip(student.blocks, job.blocks, names, strict=True):
             if job.journal.done(name) is None:
-                writer.write_part(folder / name, block.stored(writer.read_part(folder / before)))
-                job.journal.record(name, **({"tuning": [report.model_dump()]} if name == names[-1] else {}))
+                fields = {"tuning": [report.model_dump()]} if name == names[-1] else {}
+                job.journal.store(name, block.stored(writer.read_part(folder / before)), **fields)
         (folder / checkpoint.FILE).unlink(missing_ok=True)
     else:
         report = TuningReport.model_validate(finished["tuning"][0])
