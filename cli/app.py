@@ -32,6 +32,9 @@ app = typer.Typer(
 )
 
 
+_ALONE = {"demo", "sweep", "export", "delta"}  # several processes would write the same files
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"halfweight {__version__}")
@@ -45,8 +48,8 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "compress" and launched():
-        raise typer.BadParameter(f"{context.invoked_subcommand} runs in one process; only compress takes torchrun")
+    if context.invoked_subcommand in _ALONE and launched():
+        raise typer.BadParameter(f"{context.invoked_subcommand} runs in one process; start it without torchrun")
 
 
 app.command()(demo)

@@ -2,7 +2,7 @@
 
 A process that dies closes its connection at once; one whose host vanishes falls silent. Collectives would only report
 that some connection broke, after minutes or never, and not say whose. Rank 0 says what happened, in one line, and ends
-everybody; when it is rank 0 that died, the first process of every host says so. Nothing is lost by ending like that:
+everybody; when it is rank 0 that died, one process of every host says so. Nothing is lost by ending like that:
 the work folder is whole at any moment.
 """
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -173,7 +173,7 @@ def _stages(
         length=calibration.seqlen,
         packed=packed,
     )
-    speed = _matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
+    speed = matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
     bandwidth = _bandwidth(walker.device)
     found = [
         PlannedStage(
@@ -263,6 +263,17 @@ def _peak_bytes(
     return max(written, streams + max(embedded, block))
 
 
+class Work(NamedTuple):
+    """What one of several processes does to compress, tuning aside: `operations` in the run's dtype for its share of
+    the tokens, fp32 operations of `solvers` it works or waits for, `exchanged` bytes that it gets from others, and
+    bytes of weights that it has `read`."""
+
+    operations: float
+    solvers: float
+    exchanged: float
+    read: float
+
+
 def _seconds(
     walker: BlockWalker,
     recipe: Recipe,
@@ -270,25 +281,47 @@ def _seconds(
     shapes: Mapping[str, tuple[int, int]],
     speed: float,
 ) -> float:
-    """Forward passes, Hessians, solvers and the dev set's logits, at this device's measured matmul speeds: `speed` in
-    the run's dtype."""
+    """The work of one process at this device's measured matmul speeds: `speed` in the run's dtype."""
+    work = work_of(walker, recipe, stages, shapes)
+    slow = matmul_speed(walker.device, torch.float32)
+    return work.operations / speed + work.solvers / (slow * _MATMUL_SHARE)
+
+
+def work_of(
+    walker: BlockWalker,
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+    processes: int = 1,
+) -> Work:
+    """Forward passes, Hessians, solvers and the dev set's logits, modelled, divided over `processes` as a run does."""
     text = walker.model.config.get_text_config()
     calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
     tokens = calibration.samples * calibration.seqlen
     # The dev set runs through the reloaded checkpoint too, and its logits are computed dense and compressed.
     operations = 2.0 * (compressed + 2 * dense) * sum(prod(shape) for shape in shapes.values())
     operations += 2 * 2.0 * dense * text.vocab_size * text.hidden_size
-    solvers = 0.0
+    stored, solvers, exchanged = walker.stored(), 0.0, 0.0
     for first, members in _inputs(stages, shapes).items():
         stage, k = stages[first], shapes[first][1]
+        for name in members if processes > 1 else ():
+            exchanged += _packed_bytes(stages[name], shapes[name], stored[f"{name}.weight"].dtype)
         if needs_of(stage) == "hessian":
+            exchanged += 6.0 * k * k if processes > 1 else 0.0  # half a matrix along the chain, then the whole
             operations += tokens * k * k * 1.3
             rounds = 1 + sum(getattr(stage, work, 0) for work in ("iterations", "refine", "descents"))
             rounds *= 1 if stage.low_rank is None else 2  # it is solved twice
-            solvers += sum(2.0 * shapes[name][0] * k * k * rounds for name in members)
+            rows = [shapes[name][0] for name in members]
+            largest = [max(rows[i : i + processes]) for i in range(0, len(rows), processes)]
+            solvers += sum(2.0 * n * k * k * rounds for n in largest)
         if stage.selection is not None and stage.selection.fits:
             operations += tokens * k * k * 1.3 * len(members)  # what is not read differs from linear to linear
-    return operations / speed + solvers / (_matmul_speed(walker.device, torch.float32) * _MATMUL_SHARE)
+    return Work(operations / processes, solvers, exchanged, float(sum(info.nbytes for info in stored.values())))
+
+
+def _packed_bytes(stage: StageConfig, shape: tuple[int, int], stored: torch.dtype) -> float:
+    """Bytes of what is stored for a linear."""
+    return stored_bits(stage.scheme(shape), shape, stored) / 8
 
 
 def _tokens(recipe: Recipe) -> tuple[int, int]:
@@ -319,7 +352,7 @@ def _bandwidth(device: torch.device) -> float:
     return best
 
 
-def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a 1024-cube matmul on `device`, the best of several over about 0.2 seconds."""
     a = torch.randn(1024, 1024, device=device).to(dtype)
     best, begin = 0.0, time.monotonic()

@@ -200,7 +200,8 @@ def join(device: str = "auto") -> Iterator[World]:
         raise RunError(
             f"the processes of this run do not find each other ({reason}); see docs/distributed.md"
         ) from None
-    world.lifeline = lifeline = Lifeline(rank, peers, lambda: world.doing, speaks=world.local_rank == 0)
+    speaks = rank == 1 or world.local_rank == 0  # one on every host, rank 0 aside
+    world.lifeline = lifeline = Lifeline(rank, peers, lambda: world.doing, speaks)
     with lifeline.signals():
         try:
             with world._others():
