@@ -97,8 +97,8 @@ ALONE = World()
 class ProcessGroup(World):
     """One of several processes, connected by torch.distributed; see `join`."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.device = rank, size, torch.device("cpu")
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.lifeline: Lifeline | None = None
@@ -187,13 +187,12 @@ def join(device: str = "auto") -> Iterator[World]:
     if not launched():
         yield ALONE
         return
-    where = _own_device(device)
     # Loopback when all are on this host: its own name may lead anywhere.
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and os.path.isdir("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        world = ProcessGroup(rank, size, where)
+        world = ProcessGroup(rank, size)
         peers = connect(store, rank, size, os.environ["MASTER_ADDR"], world.name)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -204,9 +203,10 @@ def join(device: str = "auto") -> Iterator[World]:
     world.lifeline = lifeline = Lifeline(rank, peers, lambda: world.doing, speaks)
     with lifeline.signals():
         try:
+            world.device = _own_device(device)
             with world._others():
                 distributed.init_process_group(
-                    "nccl" if where.type == "cuda" else "gloo",
+                    "nccl" if world.device.type == "cuda" else "gloo",
                     store=distributed.PrefixStore("collectives", store),
                     rank=rank,
                     world_size=size,
@@ -214,7 +214,7 @@ def join(device: str = "auto") -> Iterator[World]:
                 )
             yield world
         except BaseException as error:
-            if not isinstance(error, HalfweightError):
+            if not (world.leads or isinstance(error, HalfweightError)):
                 traceback.print_exc()  # a bug; this process may not get to tell of it later
             code = error.exit_code if isinstance(error, HalfweightError) else 1
             lifeline.failed(str(error) or type(error).__name__, code)
@@ -229,7 +229,7 @@ def _own_device(device: str) -> torch.device:
     if where.type != "cuda":
         return where
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if where.index is not None:
+    if ":" in device:
         raise InputError(f"device {device}: every process takes a GPU of its own; use cuda, and CUDA_VISIBLE_DEVICES")
     if here > gpus:
         raise InputError(f"{here} processes share the {gpus} GPUs of {socket.gethostname()}; start one for each GPU")
