@@ -77,8 +77,8 @@ def _weight_bytes(module: CompressedLinear) -> float:
 
 
 def _bytes_beside(module: CompressedLinear) -> float:
-    """Of threshold, norms and branch."""
-    return _bytes(module, "thresholds", "norms", "V", "U")
+    """Of threshold or count, norms and branch."""
+    return _bytes(module, "thresholds", "counts", "norms", "V", "U")
 
 
 def _bytes(module: CompressedLinear, *names: str) -> float:

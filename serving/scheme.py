@@ -113,15 +113,18 @@ class LowRankScheme(BaseModel):
 class SelectionScheme(BaseModel):
     """Which inputs of a token a linear reads: where `|x| > threshold`, or with `norms` where `|x| * norm > threshold`.
 
-    There is one threshold per linear; `norms` are one number per input.
+    `norms` are one number per input. `threshold: fixed` is one per linear; `topk` is each token's own, so that it reads
+    as many inputs as any other: a count per linear.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     norms: bool = False
+    threshold: Literal["fixed", "topk"] = "fixed"
 
     def __str__(self) -> str:
-        return "inputs by |x| norm" if self.norms else "inputs by |x|"
+        inputs = "inputs by |x| norm" if self.norms else "inputs by |x|"
+        return f"top {inputs}" if self.threshold == "topk" else inputs
 
 
 Storage = Literal[

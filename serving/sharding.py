@@ -5,7 +5,8 @@ metadata bytes, integers at whole groups and groups at their segments. Input-maj
 plain slicing and along N at whole groups; kept groups, which lie anywhere along N, are gathered.
 
 A low-rank branch that is cut along N keeps V whole and cuts U; along K the reverse, so that the summed outputs are
-right. A selection looks at each input alone: norms are cut with the inputs, and every part has the threshold.
+right. A selection looks at each input alone: norms are cut with the inputs, and every part has the threshold. A count
+is of all inputs, and is cut along N only.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def along_rows(scheme: LinearScheme, name: str, tensor: Tensor, start: int, coun
 
 def rows_axis(scheme: LinearScheme, name: str) -> int | None:
     """The axis of the stored tensor called `name` that follows N, if any: 1 of W^T `[K, N-like, ...]`, else 0."""
-    if name in ("thresholds", "norms") or _of_branch(name, "V"):
+    if name in ("thresholds", "counts", "norms") or _of_branch(name, "V"):
         return None
     return int(scheme.input_major and not _of_branch(name, "U"))
 
@@ -112,6 +113,11 @@ def column_scheme(scheme: LinearScheme, columns: int, size: int) -> LinearScheme
         return scheme
     if columns % size:
         raise InputError(f"{columns} inputs are not cut into {size} equal parts; use another tensor parallel size")
+    if scheme.selection is not None and scheme.selection.threshold == "topk":
+        raise InputError(
+            "the inputs of a token with the largest scores are found among all of them, which are not cut; serve"
+            " threshold: topk with tensor parallel size 1"
+        )
     if scheme.low_rank is not None and scheme.low_rank.integers is not None:
         _check_groups(scheme.low_rank.integers, columns // size)
     if scheme.input_major:

@@ -31,19 +31,21 @@ Shape = tuple[int, int]
 Form = TypeVar("Form", bound=tuple[Any, ...])
 _META = {"codes": torch.uint8, "zeros": torch.uint8, "meta": torch.uint8, "row_start": torch.int32}
 _BITS16 = {"scales": torch.int16, "index": torch.int16}
-_BITS32 = {"thresholds": torch.int32, "norms": torch.int32}
+_BITS32 = {"thresholds": torch.int32, "norms": torch.int32, "counts": torch.int32}
 
 
 class Selection(NamedTuple):
     """Which inputs a linear `[N, K]` reads, before packing: `|x| > threshold`, or `|x| * norms[K] > threshold`.
 
     `v` `[K, rank]` and `u` `[N, rank]`, in the model's dtype: the branch for the inputs that are not read, if any.
+    `count`, instead of a threshold: how many inputs each token reads, those with its largest scores.
     """
 
-    threshold: float
+    threshold: float | None
     norms: Tensor | None = None
     v: Tensor | None = None
     u: Tensor | None = None
+    count: int | None = None
 
 
 class TensorSpec(NamedTuple):
@@ -264,8 +266,10 @@ def pack_selection(scheme: LinearScheme, selection: Selection) -> dict[str, Tens
     """Tensors to store beside a weight whose inputs are selected. Raises FormatError when they are not the scheme's."""
     norms = None if selection.norms is None else to_bits(selection.norms.float())[None]
     v = None if selection.v is None else selection.v[None].contiguous()
-    bits = to_bits(torch.tensor([selection.threshold], dtype=torch.float32))
-    packed = InputSelection(bits, norms, v, selection.u)
+    cut, number = selection.threshold, selection.count
+    threshold = None if cut is None else to_bits(torch.tensor([cut], dtype=torch.float32))
+    count = None if number is None else torch.tensor([number], dtype=torch.int32)
+    packed = InputSelection(threshold, norms, v, selection.u, count)
     found = {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
     if set(found) != set(input_select.packed_shapes((1, 1), **_selection_settings(scheme))):
         raise FormatError(f"a selection of {', '.join(found)} is not one of {scheme.numbers}")
@@ -321,7 +325,8 @@ def _code_settings(scheme: LinearScheme, *without: str) -> dict[str, Any]:
 
 def _selection_settings(scheme: LinearScheme) -> dict[str, Any]:
     assert scheme.selection is not None  # callers have looked
-    return {"norms": scheme.selection.norms, "rank": 0 if scheme.low_rank is None else scheme.low_rank.rank}
+    rank = 0 if scheme.low_rank is None else scheme.low_rank.rank
+    return {"norms": scheme.selection.norms, "rank": rank, "topk": scheme.selection.threshold == "topk"}
 
 
 def _integers(scheme: LinearScheme) -> IntegerScheme:

@@ -129,13 +129,17 @@ def layer_case(n: int, k: int, group_size: int = 16) -> Case:
     return rows_case(group_int4, group_int4.prepare_layer(packed, k), groups_layer.dequantize(packed, k))
 
 
-def input_selection(parts: int, k: int, n: int, norms: bool, rank: int, dtype: torch.dtype) -> InputSelection:
+def input_selection(
+    parts: int, k: int, n: int, norms: bool, rank: int, dtype: torch.dtype, topk: bool = False
+) -> InputSelection:
     generator = seeded(7)
+    thresholds = to_bits(torch.rand(parts, generator=generator) + 0.2)
     return InputSelection(
-        to_bits(torch.rand(parts, generator=generator) + 0.2),
+        None if topk else thresholds,
         to_bits(torch.rand(parts, k, generator=generator) + 0.5) if norms else None,
         torch.randn(parts, k, rank, generator=generator).to(dtype) if rank else None,
         torch.randn(n, rank, generator=generator).to(dtype) if rank else None,
+        torch.linspace(1, k, parts + 2)[1:-1].int() if topk else None,
     )
 
 
@@ -149,9 +153,10 @@ def select_case(
     bits: int = 4,
     group_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    topk: bool = False,
 ) -> Case:
     n = sum(widths)
-    selection = input_selection(len(widths), k, n, norms, rank, dtype)
+    selection = input_selection(len(widths), k, n, norms, rank, dtype, topk)
     if kind == "plain":
         dense = torch.randn(k, n, generator=seeded()).to(dtype)
         module, prepared = input_select, input_select.prepare(dense, selection, widths)
@@ -174,7 +179,12 @@ def select_case(
         for p, width in enumerate(widths):
             columns = slice(start, start + width)
             size = x.float().abs() * (1.0 if selection.norms is None else from_bits(selection.norms)[p])
-            kept = size > from_bits(selection.thresholds)[p]
+            if selection.counts is not None:  # at least so many, as some may tie
+                last = size.sort(dim=1, descending=True).values[:, [int(selection.counts[p]) - 1]]
+                kept = (size >= last) & (size > 0)
+            else:
+                assert selection.thresholds is not None
+                kept = size > from_bits(selection.thresholds)[p]
             y = x.double().where(kept, torch.tensor(0.0).double()) @ dense[:, columns].double()
             if selection.V is not None and selection.U is not None:
                 rest = x.double().masked_fill(kept, 0.0)
@@ -217,6 +227,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "groups": lambda: groups_case(37, 101),
     "layer": lambda: layer_case(37, 101),
     "select": lambda: select_case(53, [33, 20, 17], norms=True, rank=5),
+    "select_topk": lambda: select_case(53, [33, 20, 17], norms=True, rank=5, topk=True),
     "select_int4": lambda: select_case(53, [33, 20, 17], "integers", rank=5),
     "select_groups": lambda: select_case(53, [33, 20, 17], "groups", rank=5),
 }

@@ -195,6 +195,15 @@ def test_selected_inputs_of_groups(group_size: int, symmetric: bool) -> None:
         check(select_case(53, widths, "groups", group_size=group_size, symmetric=symmetric), (1, 9))
 
 
+@pytest.mark.parametrize("rank", [0, 20])
+@pytest.mark.parametrize("widths", [[70], [33, 1, 36]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_token_reads_its_count(dtype: torch.dtype, widths: list[int], rank: int) -> None:
+    check(select_case(101, widths, norms=rank > 1, rank=rank, topk=True), (1, 3, 8, 9), dtype)
+    check(select_case(53, widths, "integers", rank=rank, topk=True), (1, 9), dtype)
+    check(select_case(53, widths, "groups", rank=rank, topk=True), (1, 9), dtype)
+
+
 def test_selected_outputs_beyond_one_cached_block() -> None:
     for kind in ("plain", "integers", "groups"):
         check(select_case(20, [4200], kind, group_size=32), (1, 4))

@@ -36,8 +36,9 @@ def problem(
     rank: int = 0,
     scale: float = 1.0,
     seed: int = 0,
+    topk: bool = False,
 ) -> tuple[Tensor, Tensor, InputSelection]:
-    """`(x, Wt, selection)`; part p selects about a third to two thirds of the inputs."""
+    """`(x, Wt, selection)`; part p selects about a third to two thirds of the inputs, `topk`: of every token's."""
     generator = torch.Generator().manual_seed(seed)
     count = len(parts or (n,))
 
@@ -49,10 +50,11 @@ def problem(
         (scale * normal(m, k)).to(dtype),
         (normal(k, n) / k**0.5).to(dtype),
         InputSelection(
-            to_bits(thresholds),
+            None if topk else to_bits(thresholds),
             to_bits(normal(count, k).abs() + 0.5) if norms else None,
             (normal(count, k, rank) / k**0.5).to(dtype) if rank else None,
             normal(n, rank).to(dtype) if rank else None,
+            (k * torch.linspace(0.34, 0.66, count)).ceil().int() if topk else None,
         ),
     )
 
@@ -119,6 +121,47 @@ def test_parts_norms_and_branch(
     y, _ = run(x, layout.prepare(weight, selection, parts=parts), bias)
     # z is the sum of two 16-bit numbers in `dot`.
     assert error(y, expect(x, weight, selection, bias, parts=parts)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "rank"), [(None, 0), ((40, 8, 72), 0), ((64, 20, 36), 17)])
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_every_token_reads_its_count(m: int, parts: tuple[int, ...] | None, rank: int, dtype: torch.dtype) -> None:
+    x, weight, selection = problem(m, 120, 1100, parts=parts, norms=rank > 0, rank=rank, dtype=dtype, topk=True)
+    x *= torch.logspace(-2, 2, m)[:, None]  # no threshold would do for all
+    y, meters = run(x, layout.prepare(weight, selection, parts=parts))
+    want = expect(x, weight, selection, parts=parts)
+    assert max(error(a, b) for a, b in zip(y, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 31, 128, 1000, 2048])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuts_are_those_of_the_reference(dtype: torch.dtype, norms: bool, k: int) -> None:
+    parts = (7, 9)
+    x, weight, selection = problem(5, 16, k, parts=parts, norms=norms, dtype=dtype, topk=True)
+    x[1] = 0
+    x[2] = 3.0
+    x[3, 0] = float("nan")
+    x[4, : k // 4] = float("inf")
+    ((_, launch),), prepared = plan.with_cuts(guarded(x), layout.prepare(weight, selection, parts=parts), TARGET)
+    interpret(KERNELS[5].jit(), launch)
+    for part in range(2):
+        score = x.float().abs() * (selection.norms.view(torch.float32)[part] if norms else 1)
+        count = int(selection.counts[part])
+        assert torch.equal(prepared.thresholds[:, part, None], reference.token_cuts(score, count))
+        assert torch.equal(
+            reference.selected(x, selection, part), reference.selected(x, selection, part, prepared.thresholds)
+        )
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_bytes_of_the_cuts(m: int) -> None:
+    shape, kernel = Shape(m, 64, 1024), KERNELS[5]
+    metering = meter(kernel.jit(), kernel.sample(shape, torch.float16, TARGET))
+    counted = sum(traffic.requested for traffic in metering.arguments.values())
+    assert counted == m * 1024 * 2 + 4 * m + 4 * m  # a token's program reads the count again
+    assert kernel.bytes(shape, torch.float16) == counted - 4 * (m - 1)
 
 
 def test_large_activations_stay_exact() -> None:
@@ -214,10 +257,11 @@ def test_bytes_follow_the_formula(kernel, m: int, n: int, k: int) -> None:
     st.lists(st.integers(1, 70), min_size=1, max_size=3),
     st.integers(0, 35),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([(), (2,)]),
 )
-def test_layout_round_trip(k: int, parts: list[int], rank: int, norms: bool, lead: tuple[int, ...]) -> None:
-    _, weight, selection = problem(1, sum(parts), k, parts=tuple(parts), norms=norms, rank=rank)
+def test_layout_round_trip(k: int, parts: list[int], rank: int, norms: bool, topk: bool, lead: tuple[int, ...]) -> None:
+    _, weight, selection = problem(1, sum(parts), k, parts=tuple(parts), norms=norms, rank=rank, topk=topk)
     weight = weight.expand(*lead, *weight.shape)
     selection = InputSelection(*(None if t is None else t.expand(*lead, *t.shape) for t in selection))
     prepared = layout.prepare(weight, selection, parts=parts)
@@ -230,11 +274,12 @@ def test_layout_round_trip(k: int, parts: list[int], rank: int, norms: bool, lea
         assert torch.equal(layout.restore(prepared.expert(1))[0], weight[1])
 
 
+@pytest.mark.parametrize("topk", [False, True])
 @pytest.mark.parametrize("rank", [0, 6])
 @pytest.mark.parametrize("masked", [False, True])
-def test_many_tokens_go_through_a_matmul(masked: bool, rank: int) -> None:
+def test_many_tokens_go_through_a_matmul(masked: bool, rank: int, topk: bool) -> None:
     parts = (40, 33)
-    x, weight, selection = problem(70, 73, 50, dtype=torch.float32, parts=parts, norms=True, rank=rank)
+    x, weight, selection = problem(70, 73, 50, dtype=torch.float32, parts=parts, norms=True, rank=rank, topk=topk)
     bias = torch.ones(73)
     prepared = layout.prepare(weight, selection, parts=parts)
     assert plan.choose(len(x)) == "matmul"
@@ -281,6 +326,14 @@ def test_can_run_says_why_not() -> None:
     assert plan.can_run((64, 64), torch.bfloat16, "sm_80") == (True, "")
     assert "fp16 or bf16" in plan.can_run((64, 64), torch.float32, "sm_80")[1]
     assert "sm_70" in plan.can_run((64, 64), torch.float16, "sm_70")[1]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [576, 28672])
+def test_machine_code_of_the_cuts(k: int, dtype: torch.dtype, target: str) -> None:
+    kernel = KERNELS[5]
+    assert compile_launch(kernel.jit(), kernel.example(Shape(1, 64, k), dtype, target), target).spills == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

@@ -61,16 +61,23 @@ def weights(
 
 
 def selection_of(
-    k: int, widths: tuple[int, ...], *, norms: bool = False, rank: int = 0, dtype: torch.dtype = torch.float16
+    k: int,
+    widths: tuple[int, ...],
+    *,
+    norms: bool = False,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float16,
+    topk: bool = False,
 ) -> InputSelection:
     """Part p selects about a third to two thirds of normal inputs."""
     generator = torch.Generator().manual_seed(2)
     count, n = len(widths), sum(widths)
     return InputSelection(
-        to_bits(torch.linspace(0.5, 0.9, count)),
+        None if topk else to_bits(torch.linspace(0.5, 0.9, count)),
         to_bits(torch.randn((count, k), generator=generator).abs() + 0.5) if norms else None,
         (torch.randn((count, k, rank), generator=generator) / k**0.5).to(dtype) if rank else None,
         torch.randn((n, rank), generator=generator).to(dtype) if rank else None,
+        (k * torch.linspace(0.34, 0.66, count)).ceil().int() if topk else None,
     )
 
 
@@ -128,6 +135,23 @@ def test_any_number_of_tokens(m: int, kept: float | None, dtype: torch.dtype) ->
     selection, x = selection_of(k, widths), inputs(m, k, dtype)
     y, _ = run(x, layout.prepare(packed, selection, widths, group_size=32))
     assert error(y, reference.linear(x.double(), packed, selection, widths, group_size=32)) < 1e-5
+
+
+@pytest.mark.parametrize(("widths", "rank"), [((200,), 0), ((120, 40, 40), 7)])
+@pytest.mark.parametrize("kept", [None, 0.5])
+@pytest.mark.parametrize("m", [1, 5, 70])
+def test_every_token_reads_its_count(m: int, kept: float | None, widths: tuple[int, ...], rank: int) -> None:
+    packed = weights(300, widths, 8, kept=kept, symmetric=False)
+    selection = selection_of(300, widths, norms=rank > 0, rank=rank, topk=True)
+    x = inputs(m, 300) * torch.logspace(-1, 1, m)[:, None].half()  # no threshold would do for all
+    prepared = layout.prepare(packed, selection, widths, group_size=8)
+    want = reference.linear(x.double(), packed, selection, widths, group_size=8)
+    if plan.choose(m) == "matmul":
+        _, again = layout.restore(prepared, symmetric=False)
+        y = reference.linear(x.double(), packed, again, widths, group_size=8)
+    else:
+        y, _ = run(x, prepared)
+    assert max(error(a, b) for a, b in zip(y, want, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

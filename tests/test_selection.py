@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from halfweight.serving import storage, verdicts
+from halfweight.serving.errors import InputError
 from halfweight.serving.int4 import exact_int4
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, LowRankScheme, SelectionScheme
+from halfweight.serving.sharding import along_rows, column_scheme, row_scheme
 from halfweight.serving.storage import Selection
 from halfweight.serving.warmup import expect, warmup
 from halfweight.triton_kernels import dispatch, trust
 from halfweight.triton_kernels.cpu import layouts
 from halfweight.triton_kernels.formats import FormatError
-from halfweight.triton_kernels.formats.bits import from_bits
+from halfweight.triton_kernels.formats.bits import from_bits, to_bits
+from halfweight.triton_kernels.formats.input_select import InputSelection
+from halfweight.triton_kernels.input_select import reference
 from test_storage import K, N, module, packed
 
 CPU = torch.device("cpu")
 BY_SIZE, BY_NORM = SelectionScheme(), SelectionScheme(norms=True)
+TOP, TOP_BY_NORM = SelectionScheme(threshold="topk"), SelectionScheme(norms=True, threshold="topk")
 OUTPUTS = IntegerScheme(group_size=16, along="outputs")
 
 
@@ -39,6 +44,12 @@ SELECTED = {
     "8-bit": scheme(BY_SIZE, integers=OUTPUTS.model_copy(update={"bits": 8, "symmetric": True})),
     "8x1, branch": scheme(
         BY_SIZE, 7, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")
+    ),
+    "16-bit, top-k": scheme(TOP),
+    "16-bit, top-k, norms, branch": scheme(TOP_BY_NORM, 5),
+    "int4, top-k, norms, branch": scheme(TOP_BY_NORM, 3, integers=OUTPUTS),
+    "8x1, top-k": scheme(
+        TOP, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")
     ),
 }
 
@@ -71,15 +82,21 @@ def example(name: str) -> tuple[LinearScheme, dict[str, Tensor], Tensor]:
         branch = {key: torch.randn(size, rank, generator=generator).bfloat16() for key, size in (("v", K), ("u", N))}
     assert chosen.selection is not None
     norms = torch.rand(K, generator=generator) + 0.5 if chosen.selection.norms else None
-    return chosen, tensors | storage.pack_selection(chosen, Selection(0.6, norms, **branch)), dense.double()
+    topk = chosen.selection.threshold == "topk"
+    reading = Selection(None if topk else 0.6, norms, **branch, count=29 if topk else None)
+    return chosen, tensors | storage.pack_selection(chosen, reading), dense.double()
 
 
 def expected(x: Tensor, dense: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """The definition, token by token, in fp64."""
     rows = []
     for token in x.reshape(-1, K):
-        norms = from_bits(tensors["norms"])[0] if "norms" in tensors else torch.ones(K)
-        read = ~(token.float().abs() * norms <= from_bits(tensors["thresholds"])[0])
+        score = token.float().abs() * (from_bits(tensors["norms"])[0] if "norms" in tensors else torch.ones(K))
+        if "counts" in tensors:
+            read = torch.zeros(K, dtype=torch.bool)
+            read[sorted(range(K), key=lambda k: -float(score[k]))[: int(tensors["counts"])]] = True
+        else:
+            read = ~(score <= from_bits(tensors["thresholds"])[0])
         y = dense[:, read] @ token.double()[read]
         if "V" in tensors:
             y += tensors["U"].double() @ (tensors["V"][0].double()[~read].T @ token.double()[~read])
@@ -142,13 +159,55 @@ def test_damaged_tensors_are_refused(name: str) -> None:
         for hostile in (-1, 0x7F800000, 0x7FC00000):  # negative, infinite, not a number
             with pytest.raises(FormatError, match=f"{key} has an entry that is not a finite number"):
                 storage.validate(chosen, {**tensors, key: torch.full_like(tensors[key], hostile)}, (N, K))
+    for hostile in (-1, 0, K + 1) if "counts" in tensors else ():
+        with pytest.raises(FormatError, match=f"counts has an entry that is not between 1 and {K} inputs"):
+            storage.validate(chosen, {**tensors, "counts": torch.full_like(tensors["counts"], hostile)}, (N, K))
 
 
 def test_a_selection_must_be_the_schemes() -> None:
     with pytest.raises(FormatError, match="a selection of thresholds, norms is not one of 16-bit, inputs by"):
         storage.pack_selection(scheme(BY_SIZE), Selection(0.5, torch.ones(K)))
+    with pytest.raises(FormatError, match="a selection of thresholds is not one of 16-bit, top inputs by"):
+        storage.pack_selection(scheme(TOP), Selection(0.5))
     with pytest.raises(FormatError, match="rank 25 is larger than a linear"):
         CompressedLinear(scheme(BY_SIZE, 25), K, N, False)
+
+
+@pytest.mark.parametrize("count", [1, 13, 50, 64])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_token_reads_its_count_and_what_ties_with_the_last(dtype: torch.dtype, norms: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(40, 64, generator=generator).to(dtype)
+    x[1, 20:] = 0  # fewer inputs than the count are not zero
+    x[2] = 1.0
+    x[3, 7] = float("nan")
+    weights = torch.rand(64, generator=generator) + 0.5 if norms else torch.ones(64)
+    kept = InputSelection(None, to_bits(weights)[None] if norms else None, counts=torch.tensor([count]).int())
+    read = reference.selected(x, kept, 0)
+    score = (x.float().abs() * weights).nan_to_num(nan=float("inf"))
+    last = score.sort(dim=1, descending=True).values[:, count - 1 : count]
+    assert torch.equal(read, (score >= last) & (score > 0))
+    distinct = torch.tensor([len(set(row.tolist())) == 64 for row in score])
+    assert bool((read.sum(1)[distinct] == count).all()) and (int(distinct.sum()) > 30) == (norms or dtype.itemsize == 4)
+    assert bool(read[3, 7]) and int(read[1].sum()) <= 20
+
+
+def test_an_old_scheme_reads_as_before_and_a_new_one_says_what_is_new() -> None:
+    old = {"pattern": "dense", "density": 1.0, "selection": {"norms": True}}
+    data = {"quant_method": "halfweight", "format_version": 1, "linears": {"a": old}}
+    parsed = ArtifactConfig.parse(data, "config.json")
+    assert parsed.linears["a"].selection == BY_NORM and parsed.to_json() == data
+    new = ArtifactConfig(linears={"a": scheme(TOP)}).to_json()["linears"]["a"]["selection"]
+    assert new == {"threshold": "topk"}  # a key that older releases refuse
+
+
+def test_a_count_is_not_cut_along_the_inputs() -> None:
+    with pytest.raises(InputError, match="threshold: topk with tensor parallel size 1"):
+        column_scheme(scheme(TOP), K, 2)
+    assert column_scheme(scheme(TOP), K, 1) == row_scheme(scheme(TOP), [8]) == scheme(TOP)
+    counts = torch.tensor([5])
+    assert along_rows(scheme(TOP), "counts", counts, 8, 8) is counts
 
 
 def test_runs_on_the_kernels_and_says_so(name: str) -> None:

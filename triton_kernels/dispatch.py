@@ -144,7 +144,7 @@ def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tu
 
 def near_threshold(x: Tensor, selection: InputSelection | None) -> Tensor:
     """`x` `[tokens, K]` at a scale where the first part reads about half of it, if inputs are selected at all."""
-    if selection is None:
+    if selection is None or selection.thresholds is None:  # each token reads its count, whatever the scale
         return x
     score = x.abs() if selection.norms is None else x.abs() * from_bits(selection.norms)[0]
     scale = float(from_bits(selection.thresholds)[0] / score.median())
@@ -171,7 +171,8 @@ def _prepared(weight: Weight, layout: Layout) -> Prepared:
 
     run_all = None
     if weight.selection is not None:
-        run_all = runs(form._replace(thresholds=torch.full_like(form.thresholds, -1.0)))  # every |x| is above that
+        lowest = torch.full((len(form.parts),), -1.0)  # every |x| is above that
+        run_all = runs(form._replace(thresholds=lowest, counts=None))
     rows = None if layout.lookup is None else _rows(weight.op, form, layout.lookup)
     return Prepared("cpu", f"{weight.op} kernels", runs(form), lambda: layout.restore(form, empty), rows, run_all)
 

@@ -39,7 +39,8 @@ class Weight:
     @property
     def selection(self) -> InputSelection | None:
         """What the inputs that are read are chosen by; None when all are."""
-        selection: InputSelection | None = self.stored(InputSelection) if "thresholds" in self.tensors else None
+        selects = "thresholds" in self.tensors or "counts" in self.tensors
+        selection: InputSelection | None = self.stored(InputSelection) if selects else None
         return selection
 
     def linear(self, x: Tensor, bias: Tensor | None, *, masked: bool = True) -> Tensor:

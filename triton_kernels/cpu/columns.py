@@ -32,7 +32,7 @@ from .jit import Machine
 
 FIELDS = (
     *("x", "y", "bias", "dtype", "m", "n", "k", "columns", "span", "stride"),
-    *("parts", "count", "thresholds", "norms", "V", "U", "rank"),
+    *("parts", "count", "thresholds", "norms", "V", "U", "rank", "token_stride"),
 )
 DECODER_FIELDS = {"plain": ("weights",), "integers": ("codes", "scales", "zeros"), "groups": Groups.fields}
 AREAS = (
@@ -174,7 +174,8 @@ def _select(code: Code, frame: Frame, p: Value, tokens: int, rest: bool) -> None
     `starts` cuts the list at fixed rows, into CHUNKS. The rest likewise, when the branch wants it.
     """
     k = frame["k"]
-    threshold = code.load(FLOAT, frame["thresholds"] + p * 4)
+    own = [frame["thresholds"] + p * 4 + frame["token_stride"] * m for m in range(tokens)]
+    thresholds = [code.load(FLOAT, address) for address in own]
     zero = code.constant(FLOAT, 0.0)
     lists = ["kept", "rest"] if rest else ["kept"]
     counts = {kind: code.variable(code.long(0)) for kind in lists}
@@ -192,7 +193,7 @@ def _select(code: Code, frame: Frame, p: Value, tokens: int, rest: bool) -> None
             for m in range(tokens):
                 x = code.load(FLOAT, frame["floats"] + (k * m + row) * 4)
                 # A NaN is not below the threshold: its token reads it.
-                below = (x.absolute() * norm.get()).compare("<=", threshold)
+                below = (x.absolute() * norm.get()).compare("<=", thresholds[m])
                 parts = {"kept": code.select(below, zero, x), "rest": code.select(below, x, zero)}
                 for kind in lists:
                     code.store(parts[kind], values[kind] + (counts[kind].get() * tokens + m) * 4)

@@ -26,10 +26,11 @@ class InputSelect(NamedTuple):
 
     weight: Tensor
     parts: Tensor
-    thresholds: Tensor
+    thresholds: Tensor | None
     norms: Tensor | None
     V: Tensor | None
     U: Tensor | None
+    counts: Tensor | None
 
 
 class InputSelectInt4(NamedTuple):
@@ -41,10 +42,11 @@ class InputSelectInt4(NamedTuple):
     numbers: Tensor | None
     row_start: Tensor | None
     parts: Tensor
-    thresholds: Tensor
+    thresholds: Tensor | None
     norms: Tensor | None
     V: Tensor | None
     U: Tensor | None
+    counts: Tensor | None
     bits: int
     group_size: int
     n: int
@@ -108,14 +110,14 @@ def linear_int4(x: Tensor, form: InputSelectInt4, bias: Tensor | None) -> Tensor
 
 
 def _columns(form: InputSelect) -> Columns:
-    weight, parts, thresholds, norms, V, U = form
+    weight, parts, *selection = form
     k, n = weight.shape
     rows = Rows("plain", (DTYPES[weight.dtype],), k, n, n, n, n, (weight,), weight.dtype)
-    return Columns(rows, k, n, parts, Selection(thresholds, norms, V, U))
+    return Columns(rows, k, n, parts, Selection(*selection))
 
 
 def _columns_int4(form: InputSelectInt4) -> Columns:
-    selection = Selection(form.thresholds, form.norms, form.V, form.U)
+    selection = Selection(form.thresholds, form.norms, form.V, form.U, form.counts)
     rows = int4.rows(_int4(form)) if form.numbers is None else group_int4.rows(_group_int4(form))
     return Columns(rows, rows.n, form.n, form.parts, selection)
 
@@ -130,15 +132,17 @@ def _group_int4(form: InputSelectInt4) -> GroupInt4:
 
 
 def _selection(weight: Weight) -> InputSelection:
-    return weight.stored(InputSelection) if "thresholds" in weight.tensors else every_input(weight.device)
+    return weight.selection or every_input(weight.device)
 
 
 def _stored_selection(columns: Columns, weight: Weight) -> dict[str, Tensor]:
     """The tensors of `formats.input_select` again, in the weight's dtype."""
     if not weight.settings["selects"]:
         return {}
-    thresholds, norms, V, U = columns.selection
-    stored = {"thresholds": to_bits(thresholds)}
+    thresholds, norms, V, U, counts = columns.selection
+    stored = {} if counts is None else {"counts": counts}
+    if thresholds is not None:
+        stored["thresholds"] = to_bits(thresholds)
     if norms is not None:
         stored["norms"] = to_bits(norms)
     if V is not None and U is not None:

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from ..formats.bits import from_bits
 from ..formats.input_select import InputSelection
+from ..input_select import reference
 from . import jit, matmul
 from .matmul import DTYPES, MAX_TOKENS, Rows
 
 
 class Selection(NamedTuple):
-    """What P fused parts read. `thresholds[P]` and `norms[P, K]` fp32; `V[P, K, r]` and `U[r, columns]` transposed."""
+    """What P fused parts read. `thresholds[P]` and `norms[P, K]` fp32; `V[P, K, r]` and `U[r, columns]` transposed;
+    `counts[P]` int32 in place of the thresholds."""
 
-    thresholds: Tensor
+    thresholds: Tensor | None
     norms: Tensor | None
     V: Tensor | None
     U: Tensor | None
+    counts: Tensor | None
 
 
 class Columns(NamedTuple):
@@ -47,7 +50,8 @@ def select_inputs(selection: InputSelection, parts: Tensor, columns: int, span: 
         U = wide
     norms = None if selection.norms is None else from_bits(selection.norms)
     V = None if selection.V is None else selection.V.contiguous()
-    return Selection(from_bits(selection.thresholds), norms, V, U)
+    thresholds = None if selection.thresholds is None else from_bits(selection.thresholds)
+    return Selection(thresholds, norms, V, U, selection.counts)
 
 
 def part_table(widths: Sequence[int], padded: Sequence[int]) -> Tensor:
@@ -85,7 +89,8 @@ def linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
         return _dense_linear(prepared, x.reshape(tokens, prepared.k), bias).view(*x.shape[:-1], prepared.n)
     y = x.new_empty((*x.shape[:-1], prepared.n))
     if tokens and prepared.n:
-        weight, (thresholds, norms, V, U) = prepared.weight, prepared.selection
+        weight, (_, norms, V, U, _) = prepared.weight, prepared.selection
+        thresholds = token_thresholds(prepared, x.view(tokens, prepared.k))
         branch = -1 if V is None else DTYPES[V.dtype]
         kernel = jit.kernel("columns", "linear", weight.decoder, weight.config, branch, tokens)
         addresses = (0 if t is None else t.data_ptr() for t in (thresholds, norms, V, U))
@@ -95,20 +100,35 @@ def linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
             *(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype]),
             *(tokens, prepared.n, prepared.k, weight.padded, weight.span, weight.stride),
             *(prepared.parts.data_ptr(), len(prepared.parts), *addresses, 0 if U is None else len(U)),
+            thresholds.stride(0) * thresholds.itemsize,
             *(0 if t is None else t.data_ptr() for t in weight.tensors),
         )
     return y
 
 
+def token_thresholds(prepared: Columns, x: Tensor) -> Tensor:
+    """fp32 `[M, P]`, rows contiguous: what the scores of each token of `x` `[M, k]` must exceed, by part."""
+    thresholds, norms, _, _, counts = prepared.selection
+    if counts is None:
+        assert thresholds is not None  # it has these or counts
+        return thresholds.expand(len(x), -1)
+    size = x.float().abs()
+    parts = [
+        reference.token_cuts(size if norms is None else size * norms[part], count)
+        for part, count in enumerate(counts.tolist())
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
     """Masked activations times dense blocks of rows of W^T, in fp32."""
-    weight, (thresholds, norms, V, U) = prepared.weight, prepared.selection
-    wide = x.float()
+    weight, (_, norms, V, U, _) = prepared.weight, prepared.selection
+    wide, thresholds = x.float(), token_thresholds(prepared, x)
     sums = wide.new_zeros(len(x), weight.padded)
     step = max(1, matmul.BLOCK_BYTES // (4 * max(1, weight.padded)))
     for p, (start, stop, _, _) in enumerate(prepared.parts.tolist()):
         size = wide.abs() if norms is None else wide.abs() * norms[p]
-        kept = ~(size <= thresholds[p])
+        kept = ~(size <= thresholds[:, p, None])
         selected = wide.masked_fill(~kept, 0.0)
         for first in range(0, prepared.k, step):
             rows = slice(first, min(first + step, prepared.k))

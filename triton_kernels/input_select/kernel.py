@@ -5,7 +5,7 @@ branch. A row is loaded under a mask that says whether any token selects its inp
 Both kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
 
 All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: no tile spans
-two fused parts, whose thresholds differ. With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`;
+two fused parts, whose thresholds differ. `cut` finds tokens' own thresholds `[M, parts]` beforehand (`TOPK`). With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`;
 sums of `ADDENDS` slices that an earlier launch left so in `addend` are added, in order.
 """
 
@@ -76,6 +76,31 @@ def _fetch(
         pointers = rows + (u // 4 * 4 * BLOCK_K + u % 4) * STRIDE
         loaded += (tl.load(pointers, mask=used[:, None], other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
     return values, loaded
+
+
+@triton.jit
+def cut(x, norms, counts, thresholds, K, stride_x, NORMS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`thresholds[token, part]`: the largest number below the `counts[part]`-th largest score of the token, 0 at least.
+    Grid `(M, parts)`.
+
+    Bits of floats >= 0 are ordered as the floats are, and NaN above all, so the bits of the score that is looked for
+    are the largest that enough scores reach: one bit at a time.
+    """
+    token = tl.program_id(0)
+    part = tl.program_id(1)
+    row = tl.arange(0, BLOCK_K)
+    inside = row < K
+    score = tl.abs(tl.load(x + token * stride_x + row, mask=inside, other=0.0).to(tl.float32))
+    if NORMS:
+        score *= tl.load(norms + part * K + row, mask=inside, other=0.0)
+    bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # infinity times a norm of 0 may be a negative NaN
+    count = tl.load(counts + part)
+    found = count * 0
+    for step in range(31):
+        trial = found | (1 << (30 - step))
+        found = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= count, trial, found)
+    found = tl.maximum(tl.minimum(found, 0x7F800000), 1) - 1
+    tl.store(thresholds + token * tl.num_programs(1) + part, found.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -215,6 +240,7 @@ def dot(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TOPK: tl.constexpr,
 ):
     """Up to BLOCK_M tokens: the product of `gemv` by tensor cores; the union of the tokens' selections is read, once.
 
@@ -228,9 +254,12 @@ def dot(
         part = tl.load(tiles + 4 * tile)
         first = tl.load(tiles + 4 * tile + 1)
         end = tl.load(tiles + 4 * tile + 2)
-    threshold = tl.load(thresholds + part)
     norms += part * K
     tokens = tl.arange(0, BLOCK_M)
+    if TOPK:
+        threshold = tl.load(thresholds + tokens * PARTS + part, mask=tokens < M, other=0.0)[:, None]
+    else:
+        threshold = tl.load(thresholds + part)
     lanes = tl.arange(0, BLOCK_K)
     columns = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * slice_k

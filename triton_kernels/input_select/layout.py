@@ -23,11 +23,13 @@ from .split import TILE, workspace_size
 class Prepared(NamedTuple):
     """One linear `[N, K]` ready for the GPU (see the module's docstring); with experts, tensors lead with `[E, ...]`.
 
-    `thresholds[P]` and `norms[P, K]` fp32. `workspace` fp32: partial sums; launches that share it must not overlap.
+    `thresholds[P]` and `norms[P, K]` fp32; `counts[P]` int32 in place of the thresholds. `workspace` fp32: partial
+    sums; launches that share it must not overlap.
     """
 
     weight: Tensor
-    thresholds: Tensor
+    thresholds: Tensor | None
+    counts: Tensor | None
     norms: Tensor | None
     v: Tensor | None
     tiles: Tensor
@@ -42,7 +44,8 @@ class Prepared(NamedTuple):
         """One expert's linear, as views."""
         return self._replace(
             weight=self.weight[index],
-            thresholds=self.thresholds[index],
+            thresholds=None if self.thresholds is None else self.thresholds[index],
+            counts=None if self.counts is None else self.counts[index],
             norms=None if self.norms is None else self.norms[index],
             v=None if self.v is None else self.v[index],
         )
@@ -73,7 +76,8 @@ def prepare(
         workspace = torch.empty(workspace_size(n, k, rank, len(parts)), dtype=torch.float32, device=weight.device)
     return Prepared(
         weight=pad_parts(rows, parts),
-        thresholds=from_bits(selection.thresholds),
+        thresholds=None if selection.thresholds is None else from_bits(selection.thresholds),
+        counts=selection.counts,
         norms=None if selection.norms is None else from_bits(selection.norms),
         v=v,
         tiles=tile_table(parts).to(weight.device),
@@ -94,8 +98,15 @@ def restore(prepared: Prepared) -> tuple[Tensor, InputSelection]:
         ranks = (prepared.rank,) * len(prepared.parts)
         v = drop_padding(prepared.v, ranks).unflatten(-1, (len(ranks), prepared.rank)).movedim(-2, -3).contiguous()
         u = rows[..., prepared.k :, :].mT.contiguous()
-    norms = None if prepared.norms is None else to_bits(prepared.norms)
-    return rows[..., : prepared.k, :].contiguous(), InputSelection(to_bits(prepared.thresholds), norms, v, u)
+    return rows[..., : prepared.k, :].contiguous(), selection_of(prepared)._replace(V=v, U=u)
+
+
+def selection_of(prepared: Prepared) -> InputSelection:
+    """What `prepared` reads by, as it is stored, without the branch."""
+    thresholds, norms = (
+        None if tensor is None else to_bits(tensor) for tensor in (prepared.thresholds, prepared.norms)
+    )
+    return InputSelection(thresholds, norms, counts=prepared.counts)
 
 
 def pad_parts(matrix: Tensor, parts: Sequence[int], tile: int = TILE) -> Tensor:

@@ -20,10 +20,12 @@ from .plan import (
     can_run,
     choose,
     plan,
+    plan_cut,
     plan_dot,
     plan_gemv,
     plan_reduce,
     plan_rest,
+    with_cuts,
     workspaces,
 )
 from .reference import selected
@@ -36,6 +38,7 @@ __all__ = [
     "linear",
     "matmul",
     "plan",
+    "plan_cut",
     "plan_dot",
     "plan_gemv",
     "plan_reduce",
@@ -61,9 +64,8 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked: bool = True) -> Tensor:
     """The same for many tokens `x[M, K]`: masked x times the dense weight, and the branch as two matmuls."""
-    selection = InputSelection(
-        to_bits(prepared.thresholds), None if prepared.norms is None else to_bits(prepared.norms)
-    )
+    selection = layout.selection_of(prepared)
+    cuts = token_cuts(x, prepared) if masked else None
     ranks = (prepared.rank,) * len(prepared.parts)
     columns = layout.padded_columns(prepared.parts)
     v_columns = layout.padded_columns(ranks)
@@ -73,7 +75,7 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
         if not masked:
             blocks.append(x @ weight[: prepared.k])
             continue
-        used = selected(x, selection, part)
+        used = selected(x, selection, part, cuts)
         block = torch.where(used, x, 0) @ weight[: prepared.k]
         if prepared.v is not None:
             z = torch.where(used, 0, x) @ prepared.v[:, v_columns[part]][:, : prepared.rank]
@@ -83,21 +85,33 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None, *, masked:
     return y if bias is None else y + bias
 
 
+def token_cuts(x: Tensor, prepared: Prepared) -> Tensor | None:
+    """The tokens' own thresholds `[M, P]` for `x[M, K]` on a GPU; None where all have the same (and on a CPU, where
+    the reference finds them)."""
+    if x.device.type != "cuda":
+        return None
+    steps, prepared = with_cuts(x, prepared, device_target(x.device))
+    for name, launch in steps:
+        _KERNEL_OF[name].run(launch)
+    return prepared.thresholds if steps else None
+
+
 def register() -> None:
     """Define `halfweight::input_select_gpu`, idempotently."""
     register_operator(
-        "input_select_gpu(Tensor x, Tensor weight, Tensor thresholds, Tensor? norms, Tensor? v, Tensor tiles,"
-        " Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias, bool masked=True)"
-        " -> Tensor",
+        "input_select_gpu(Tensor x, Tensor weight, Tensor? thresholds, Tensor? counts, Tensor? norms, Tensor? v,"
+        " Tensor tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts, Tensor? bias,"
+        " bool masked=True) -> Tensor",
         {"CUDA": _operator},
-        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[7])),
+        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[8])),
     )
 
 
 def _operator(
     x: Tensor,
     weight: Tensor,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
+    counts: Tensor | None,
     norms: Tensor | None,
     v: Tensor | None,
     tiles: Tensor,
@@ -110,7 +124,7 @@ def _operator(
     bias: Tensor | None,
     masked: bool = True,
 ) -> Tensor:
-    prepared = Prepared(weight, thresholds, norms, v, tiles, v_tiles, workspace, n, k, rank, tuple(parts))
+    prepared = Prepared(weight, thresholds, counts, norms, v, tiles, v_tiles, workspace, n, k, rank, tuple(parts))
     return linear(x, prepared, bias, masked=masked)
 
 
@@ -118,16 +132,20 @@ def _operator(
 
 
 def example_prepared(
-    shape: Shape, dtype: torch.dtype, *, rank: int = 0, threshold: float = 0.0, device: str = "meta"
+    shape: Shape, dtype: torch.dtype, *, rank: int = 0, threshold: float = 0.0, topk: bool = False, device: str = "meta"
 ) -> Prepared:
-    """A random linear of one part, for compiling (on the meta device) and trying kernels."""
-    tensors = {
+    """A random linear of one part, for compiling (on the meta device) and trying kernels; with `topk`, a token reads
+    half of its inputs."""
+    tensors: dict[str, Tensor | None] = {
         name: torch.randn(size, device=device).to(dtype)
         for name, size in input_select.packed_shapes((shape.n, shape.k), rank=rank).items()
     }
     tensors["thresholds"] = to_bits(torch.full((1,), threshold, device=device))
+    if topk:
+        count = torch.full((1,), max(1, shape.k // 2), dtype=torch.int32, device=device)
+        tensors |= {"thresholds": None, "counts": count}
     weight = torch.randn((shape.k, shape.n), device=device).to(dtype)
-    return layout.prepare(weight, InputSelection(**tensors))
+    return layout.prepare(weight, InputSelection(**tensors))  # type: ignore[arg-type]
 
 
 def steps(shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[str, Launch]]:
@@ -140,10 +158,13 @@ def steps(shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[str, Laun
 def _example(shape: Shape, dtype: torch.dtype, target: str, *, kernel: str, device: str = "meta") -> Launch:
     """The launch of one step of `plan` that reads every row, without a branch; `rest_` ones into EXAMPLE_RANK."""
     rest = kernel.startswith("rest")
+    x = torch.randn((shape.m, shape.k), device=device).to(dtype)
+    if kernel == "cut":
+        ((_, launch),), _ = with_cuts(x, example_prepared(shape, dtype, topk=True, device=device), target)
+        return launch
     prepared = example_prepared(
         shape, dtype, rank=EXAMPLE_RANK if rest else 0, threshold=1e9 if rest else 0.0, device=device
     )
-    x = torch.randn((shape.m, shape.k), device=device).to(dtype)
     y = torch.empty((shape.m, shape.n), dtype=dtype, device=device)
     z, partial_sums = workspaces(prepared, shape.m)
     if rest:
@@ -161,17 +182,19 @@ def _slices(shape: Shape, rank: int = 0) -> int:
 
 
 def _weights(shape: Shape, *, kernel: str) -> int:
-    return 0 if kernel == "reduce" else shape.k * (EXAMPLE_RANK if kernel.startswith("rest") else shape.n)
+    return 0 if kernel in ("cut", "reduce") else shape.k * (EXAMPLE_RANK if kernel.startswith("rest") else shape.n)
 
 
 def _weight_bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     """With every input selected (not selected, for `rest`); otherwise the share of rows that some token uses."""
     columns = EXAMPLE_RANK if kernel.startswith("rest") else shape.n
-    return 0 if kernel == "reduce" else shape.k * count_tiles((columns,)) * layout.TILE * dtype.itemsize
+    return 0 if kernel in ("cut", "reduce") else shape.k * count_tiles((columns,)) * layout.TILE * dtype.itemsize
 
 
 def _bytes(shape: Shape, dtype: torch.dtype, *, kernel: str) -> int:
     rest = kernel.startswith("rest")
+    if kernel == "cut":
+        return shape.m * (shape.k * dtype.itemsize + 4) + 4
     if kernel == "reduce":
         return _slices(shape) * shape.m * shape.n * 4 + shape.m * shape.n * dtype.itemsize
     slices = _slices(shape, EXAMPLE_RANK if rest else 0)
@@ -211,5 +234,6 @@ KERNELS = (
     _kernel("rest_gemv", "gemv", (1, 1), None),
     _kernel("rest_dot", "dot", (2, MATMUL_FROM - 1), None),
     _kernel("reduce", "reduce", (1, MATMUL_FROM - 1), None),
+    _kernel("cut", "cut", (1, 2**20), None),
 )
-_KERNEL_OF = {"gemv": KERNELS[0], "dot": KERNELS[1], "reduce": KERNELS[4]}
+_KERNEL_OF = {"gemv": KERNELS[0], "dot": KERNELS[1], "reduce": KERNELS[4], "cut": KERNELS[5]}

@@ -51,7 +51,7 @@ def plan(
     """
     m = x.shape[0]
     z, partial = workspaces(prepared, m)
-    steps: list[Step] = []
+    steps, prepared = with_cuts(x, prepared, target)
     z_slices = split(m, len(prepared.v_tiles), prepared.k).slices if prepared.rank else 0
     if prepared.rank:
         steps.append(plan_rest(x, prepared, z, target, dot_dtype))
@@ -64,6 +64,35 @@ def plan(
     if slices > 1:
         steps.append(("reduce", plan_reduce(partial, bias, y, slices)))
     return steps
+
+
+def with_cuts(x: Tensor, prepared: Prepared, target: str) -> tuple[list[Step], Prepared]:
+    """What finds the tokens' own thresholds, where they have some, and `prepared` with room for these `[M, P]`."""
+    if prepared.counts is None:
+        return [], prepared
+    prepared = prepared._replace(
+        thresholds=torch.empty((len(x), len(prepared.parts)), dtype=torch.float32, device=x.device)
+    )
+    return [("cut", plan_cut(x, prepared, target))], prepared
+
+
+def plan_cut(x: Tensor, prepared: Prepared, target: str) -> Launch:
+    """`prepared.thresholds` `[M, P]` receives what `prepared.counts` mean for the tokens `x[M, K]`."""
+    assert prepared.thresholds is not None and prepared.counts is not None
+    block = max(128, 1 << (prepared.k - 1).bit_length())
+    return Launch(
+        grid=tuple(prepared.thresholds.shape),
+        arguments={
+            "x": x,
+            "norms": prepared.counts if prepared.norms is None else prepared.norms,
+            "counts": prepared.counts,
+            "thresholds": prepared.thresholds,
+            "K": prepared.k,
+            "stride_x": x.stride(0),
+        },
+        constants={"NORMS": prepared.norms is not None, "BLOCK_K": block},
+        num_warps=min(16, max(4, block // 512)) * 32 // _lanes(target),
+    )
 
 
 def workspaces(prepared: Prepared, m: int) -> tuple[Tensor, Tensor]:
@@ -175,6 +204,7 @@ def plan_dot(
             "BLOCK_K": 128 if m <= 32 else 64,
             "BLOCK_N": TILE,
             "BLOCK_R": 16 if prepared.rank <= 16 else 32,
+            "TOPK": prepared.counts is not None,
         },
     )
 
@@ -200,6 +230,7 @@ def _arguments(
     chosen: Split,
 ) -> dict[str, Any]:
     """What `gemv` and `dot` share. Absent tensors are stood in for by present ones; the constants turn them off."""
+    assert prepared.thresholds is not None  # `with_cuts` has made room, where there are none
     return {
         "x": x,
         "weight": prepared.weight,

@@ -29,21 +29,24 @@ def pick(
     M,
     K,
     stride_x,
+    stride_t,
     NORMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Grid `(chunks, parts)`. `rows[part, chunk, CHUNK]`, `counts[part, chunk]`, `values[part, chunk, token, CHUNK]`.
+    Thresholds of tokens are `stride_t` apart; 0 where all have the same.
 
     Lists are in ascending order; what lies behind their end is left as it was.
     """
     part = tl.program_id(1)
     place = part * tl.num_programs(0) + tl.program_id(0)
-    threshold = tl.load(thresholds + part)
+    thresholds += part
     norms += part * K
     row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     inside = row < K
     union = tl.zeros((CHUNK,), tl.int32)
     for m in range(0, M):
+        threshold = tl.load(thresholds + m * stride_t)
         value = tl.load(x + m * stride_x + row, mask=inside, other=0.0).to(tl.float32)
         union |= _selected(value, norms, row, inside, threshold, NORMS, False).to(tl.int32)
     position = tl.cumsum(union, 0) - 1
@@ -51,6 +54,7 @@ def pick(
     tl.store(rows + place * CHUNK + position, row, mask=chosen)
     tl.store(counts + place, tl.sum(union, 0))
     for m in range(0, M):
+        threshold = tl.load(thresholds + m * stride_t)
         value = tl.load(x + m * stride_x + row, mask=inside, other=0.0)
         used = _selected(value.to(tl.float32), norms, row, inside, threshold, NORMS, False)
         tl.store(values + (place * M + m) * CHUNK + position, tl.where(used, value, 0.0), mask=chosen)

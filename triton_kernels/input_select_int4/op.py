@@ -57,7 +57,12 @@ def linear(
     if not masked or choose(m) == "matmul":
         _, selection = select_layout.restore(prepared.select._replace(k=0))
         weight = expand(prepared, x.dtype, scratch)
-        y = select_reference.linear(tokens, weight, selection, bias, parts=prepared.select.parts, masked=masked)
+        y = select_reference.linear(
+            *(tokens, weight, selection, bias),
+            parts=prepared.select.parts,
+            masked=masked,
+            cuts=select_op.token_cuts(tokens, prepared.select) if masked else None,
+        )
     else:
         y = tokens.new_empty((m, n))
         for name, launch in plan(tokens, prepared, y, bias, device_target(x.device)) if m else ():
@@ -85,11 +90,11 @@ def register() -> None:
     """Define `halfweight::input_select_int4_gpu`, idempotently."""
     register_operator(
         "input_select_int4_gpu(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? entries, Tensor tiles,"
-        " int group_size, int stored_group_size, int segments, int kept, Tensor u, Tensor thresholds, Tensor? norms,"
-        " Tensor? v, Tensor u_tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts,"
+        " int group_size, int stored_group_size, int segments, int kept, Tensor u, Tensor? thresholds,"
+        " Tensor? counts, Tensor? norms, Tensor? v, Tensor u_tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts,"
         " Tensor? bias, bool masked=True) -> Tensor",
         {"CUDA": _operator},
-        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[16])),
+        lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[17])),
     )
 
 
@@ -105,7 +110,8 @@ def _operator(
     segments: int,
     kept: int,
     u: Tensor,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
+    counts: Tensor | None,
     norms: Tensor | None,
     v: Tensor | None,
     u_tiles: Tensor,
@@ -118,7 +124,9 @@ def _operator(
     bias: Tensor | None,
     masked: bool = True,
 ) -> Tensor:
-    select = select_layout.Prepared(u, thresholds, norms, v, u_tiles, v_tiles, workspace, n, k, rank, tuple(parts))
+    select = select_layout.Prepared(
+        *(u, thresholds, counts, norms, v, u_tiles, v_tiles, workspace, n, k, rank, tuple(parts))
+    )
     prepared = Prepared(codes, scales, zeros, entries, tiles, select, group_size, stored_group_size, segments, kept)
     return linear(x, prepared, bias, masked=masked)
 

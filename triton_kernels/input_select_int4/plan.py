@@ -70,7 +70,8 @@ def plan(
     m = x.shape[0]
     shared = lists(prepared, m, x.dtype)
     chunks = -(-prepared.select.k // chunk_size(prepared.select.k, len(prepared.tiles)))
-    steps: list[Step] = []
+    steps, select = select_plan.with_cuts(x, prepared.select, target)
+    prepared, steps = prepared._replace(select=select), [(f"input_select.{name}", launch) for name, launch in steps]
     if prepared.select.rank:
         name, launch = select_plan.plan_rest(x, prepared.select, shared.z, target, dot_dtype)
         steps.append((f"input_select.rest_{name}", launch))
@@ -93,6 +94,7 @@ def plan(
 def plan_pick(x: Tensor, prepared: Prepared, shared: Lists, target: str) -> Launch:
     """The lists of selected inputs."""
     select = prepared.select
+    assert select.thresholds is not None  # `with_cuts` has made room, where there are none
     chunk = chunk_size(select.k, len(prepared.tiles))
     return Launch(
         grid=(-(-select.k // chunk), len(select.parts)),
@@ -106,6 +108,7 @@ def plan_pick(x: Tensor, prepared: Prepared, shared: Lists, target: str) -> Laun
             "M": x.shape[0],
             "K": select.k,
             "stride_x": x.stride(0),
+            "stride_t": 0 if select.counts is None else len(select.parts),
         },
         constants={"NORMS": select.norms is not None, "CHUNK": chunk},
         num_warps=max(1, chunk // 4 // _lanes(target) // 2),
