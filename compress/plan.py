@@ -17,11 +17,12 @@ from ..serving.scheme import FUSED
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from ..serving.tables import Table
-from .blocks import BlockWalker, compute_dtype, open_dense
+from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
 from .outline import Outline, has_weights
 from .passes import StageConfig, needs_of
 from .recipe import Embeddings, Recipe
+from .sensitivity import GRADIENT_BATCHES
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
@@ -255,7 +256,12 @@ def _peak_bytes(
             k, n = shapes[first][1], max(shapes[name][0] for name in members)
             hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" or fits else 4 * k
             solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
-        block = max(block, held + paused + max(solver, transient))
+        gradients = 0  # what a backward pass through the block needs
+        if any(stages[name].needs_gradients for name in names if name in stages):
+            gradients = (
+                batch_size(calibration.seqlen) * calibration.seqlen * 2 * size * sum(sum(shapes[n]) for n in names)
+            )
+        block = max(block, held + paused + max(solver, transient), held + gradients)
     written = 0.0  # quantized tables are held whole, and once more as bytes on their way to the disk
     if recipe.embeddings is not None:
         scheme = recipe.embeddings.integers().dense
@@ -314,6 +320,9 @@ def work_of(
             rows = [shapes[name][0] for name in members]
             largest = [max(rows[i : i + processes]) for i in range(0, len(rows), processes)]
             solvers += sum(2.0 * n * k * k * rounds for n in largest)
+        if any(stages[name].needs_gradients for name in members):  # a forward and a backward pass, and the gradient's
+            few = min(tokens, GRADIENT_BATCHES * batch_size(calibration.seqlen) * calibration.seqlen)
+            operations += 8.0 * few * sum(prod(shapes[name]) for name in members)
         if stage.selection is not None and stage.selection.fits:
             operations += tokens * k * k * 1.3 * len(members)  # what is not read differs from linear to linear
     return Work(operations / processes, solvers, exchanged, float(sum(info.nbytes for info in stored.values())))

@@ -31,6 +31,7 @@ from .report import (
     TuningReport,
     Verification,
 )
+from .sensitivity import GRADIENT_BATCHES, input_sensitivities
 from .solve import Solved, replace_linear, solve_linear
 from .statistics import InputStatistics
 from .tuning.block import Pairs, tune_block
@@ -134,10 +135,11 @@ class Run:
                 found = allocate(run, linears, self.stages, first) if self.world.leads else {}
                 sparsities = self.world.shared(found)
                 self.stages.update(with_sparsities(self.stages, sparsities))
+                sensitivities = self._sensitivities(index, block, linears)
                 dense = {name: linear.weight for name, linear in linears.items() if self._tunes_blocks}
-                layers, packed = self._solve(index, block, linears, groups)
+                layers, packed = self._solve(index, block, linears, groups, sensitivities)
                 tuned = self._tune(index, block, packed, dense)
-                del dense
+                del dense, sensitivities
                 self.journal.store(
                     part,
                     packed,
@@ -153,6 +155,18 @@ class Run:
             self.tuned += [TuningReport.model_validate(report) for report in entry["tuning"]]
         self.progress(Progress("blocks", index + 1, walker.n_blocks, walker.block_prefix(index)))
         return resumed
+
+    def _sensitivities(self, index: int, block: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """How much the inputs of the linears that are selected by gradient move the output of the dense block."""
+        chosen = {name: linear for name, linear in linears.items() if self.stages[name].needs_gradients}
+        if not chosen:
+            return {}
+        run = partial(self.walker.call, index, block, weights={})
+        found = input_sensitivities(run, chosen, self.hidden[:GRADIENT_BATCHES], self.seed)
+        for name, sensitivity in found.items():
+            if not bool(torch.isfinite(sensitivity).all()):
+                raise RunError(f"{name}: the gradients through it are not finite; try --dtype float32, or score: l2")
+        return found
 
     @property
     def _tunes_blocks(self) -> bool:
@@ -202,7 +216,12 @@ class Run:
 
     @torch.no_grad()
     def _solve(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], groups: list[list[str]]
+        self,
+        index: int,
+        block: nn.Module,
+        linears: dict[str, nn.Linear],
+        groups: list[list[str]],
+        sensitivities: Mapping[str, Tensor],
     ) -> tuple[list[LayerReport], dict[str, Tensor]]:
         """Solve and replace the block's linears, group by group, on the compressed stream, and propagate that stream.
 
@@ -233,7 +252,9 @@ class Run:
                     for source, name in enumerate(together):
                         linear, stage, stored = linears[name], self.stages[name], self.tensors[f"{name}.weight"].dtype
                         found = solved[source].shared(self.world, source, walker.device)
-                        layer, tensors = replace_linear(name, linear, stage, stored, found, seen, unseen, self.world)
+                        layer, tensors = replace_linear(
+                            name, linear, stage, stored, found, seen, unseen, sensitivities.get(name), self.world
+                        )
                         layers.append(layer)
                         packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
                         done = f"{name.removeprefix(prefix + '.')} {layer.errors}"

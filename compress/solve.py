@@ -74,19 +74,21 @@ def replace_linear(
     solved: Solved,
     seen: Sequence[Tensor],
     unseen: Sequence[Tensor],
+    sensitivity: Tensor | None = None,
     world: World = ALONE,
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Make a linear what its tensors stand for, and choose what it reads, if it selects; all its tensors are returned.
 
-    `seen` and `unseen` `[..., K]` are this process's share of its inputs on the calibration and on the dev set. Raises
-    RunError, naming the linear, when there is no branch for the inputs it does not read.
+    `seen` and `unseen` `[..., K]` are this process's share of its inputs on the calibration and on the dev set;
+    `sensitivity` `[K]` says how much they move the block's output, where the stage selects by that. Raises RunError,
+    naming the linear, when there is no branch for the inputs it does not read.
     """
     weight, packed, stats = linear.weight.float(), solved.packed, solved.stats
     shape = (weight.shape[0], weight.shape[1])
     scheme = stage.scheme(shape)
     linear.weight = nn.Parameter(effective_weight(scheme, packed, shape, linear.weight.dtype), requires_grad=False)
     if isinstance(linear, SelectingLinear):
-        reading, read = _select(name, linear, stage, stored, seen, unseen, world)
+        reading, read = _select(name, linear, stage, stored, seen, unseen, sensitivity, world)
         packed, stats = packed | reading, stats | read
     batches = world.total(len(unseen))
     rows = [spread_rows(x, max(1, 256 // batches)) for x in unseen]
@@ -112,6 +114,7 @@ def _select(
     stored: torch.dtype,
     seen: Sequence[Tensor],
     unseen: Sequence[Tensor],
+    sensitivity: Tensor | None,
     world: World,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Give a solved linear what it reads its inputs by; returns what is stored for that, and what it reads."""
@@ -119,7 +122,7 @@ def _select(
     scheme = stage.scheme(shape)
     assert settings is not None  # or it would not be such a linear
     try:
-        chosen = selection.choose(linear.weight.float(), seen, settings, scheme, stored, world)
+        chosen = selection.choose(linear.weight.float(), seen, settings, scheme, stored, sensitivity, world)
     except HessianError as unusable:
         raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
     packed = world.broadcast(pack_selection(scheme, chosen), 0, linear.weight.device)
@@ -127,8 +130,7 @@ def _select(
         raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
     packed = {suffix: tensor.to(linear.weight.device) for suffix, tensor in packed.items()}
     linear.selection = selection_of(scheme, packed)
-    read = {
-        "inputs_read": selection.read_share(unseen, linear, world),
-        "inputs_wanted": settings.split(shape, scheme).inputs,
-    }
+    read = {"inputs_read": selection.read_share(unseen, linear, world)}
+    if settings.truncation is None:
+        read["inputs_wanted"] = settings.split(shape, scheme).inputs
     return packed, read

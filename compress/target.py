@@ -98,7 +98,8 @@ def compress_to_target(
 
 
 def with_removed(recipe: Recipe, removed: float) -> Recipe:
-    """`recipe` with `removed` (0 to 1) as the sparsity of its selections, or without any 1 - density of its patterns.
+    """`recipe` with `removed` (0 to 1) as the sparsity (or truncation) of its selections, or without any 1 - density of
+    its patterns.
 
     Raises InputError when there is neither.
     """
@@ -111,7 +112,8 @@ def with_removed(recipe: Recipe, removed: float) -> Recipe:
 
 def _with_removed(stage: StageConfig, removed: float, selecting: bool) -> StageConfig:
     if stage.selection is not None:
-        return stage.model_copy(update={"selection": stage.selection.model_copy(update={"sparsity": removed})})
+        varied = "sparsity" if stage.selection.truncation is None else "truncation"
+        return stage.model_copy(update={"selection": stage.selection.model_copy(update={varied: removed})})
     if not selecting and getattr(stage, "density", None) is not None:
         return stage.model_copy(update={"density": 1 - removed})
     return stage

@@ -54,6 +54,16 @@ SELECTED = {
 }
 
 
+# Those whose tokens each read as many inputs: not to be cut along K.
+TOPK = {
+    f"{name} top-k": scheme.model_copy(
+        update={"selection": SelectionScheme(norms=bool(scheme.low_rank), threshold="topk")}
+    )
+    for name, scheme in SELECTED.items()
+    if scheme.selection is not None and not scheme.selection.norms
+}
+
+
 def packed(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
     """Random stored tensors of a linear `[N, K]`."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +98,8 @@ def packed(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
 
 
 def selected(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
-    """Random stored tensors of a linear `[WIDE, K]` that reads a part of normal inputs; its threshold is the seed's."""
+    """Random stored tensors of a linear `[WIDE, K]` that reads a part of normal inputs; its threshold, or count, is the
+    seed's."""
     generator = torch.Generator().manual_seed(seed)
     assert scheme.selection is not None
     quantized = None if scheme.integers is None else random_codes(scheme.integers, K, WIDE, generator)
@@ -97,11 +108,13 @@ def selected(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
         order = torch.rand(WIDE // scheme.group, K, generator=generator).argsort(0)
         mask = (order < (scheme.kept or 0)).repeat_interleave(scheme.group, 0)
     rank = 0 if scheme.low_rank is None else scheme.low_rank.rank
+    topk = scheme.selection.threshold == "topk"
     chosen = Selection(
-        0.4 + 0.3 * seed,
+        None if topk else 0.4 + 0.3 * seed,
         torch.rand(K, generator=generator) + 0.5 if scheme.selection.norms else None,
         torch.randn(K, rank, generator=generator) if rank else None,
         torch.randn(WIDE, rank, generator=generator) if rank else None,
+        K // (2 + seed) if topk else None,
     )
     weight = torch.randn(WIDE, K, generator=generator)
     return pack_weight(weight, scheme, quantized, mask) | pack_selection(scheme, chosen)

@@ -18,12 +18,15 @@ from halfweight.compress.passes.base import SelectionSettings
 from halfweight.compress.passes.low_rank import largest_singular
 from halfweight.compress.plan import plan
 from halfweight.compress.quantiles import QuantileSketch
+from halfweight.compress.sensitivity import input_sensitivities
+from halfweight.compress.target import with_removed
 from halfweight.eval.perplexity import evaluate
 from halfweight.eval.selection import selecting_tokens
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import IntegerScheme, LinearScheme
 from halfweight.serving.storage import pack_selection, selection_of, tensor_specs
 from halfweight.triton_kernels.formats.bits import from_bits
+from halfweight.triton_kernels.input_select import reference
 from runs import contents, interrupt, stop_in_block
 
 DENSE = LinearScheme(pattern="dense", density=1.0)
@@ -106,6 +109,99 @@ def test_a_branch_of_the_weight_is_its_truncated_svd() -> None:
     assert chosen.v is not None and chosen.u is not None
     torch.testing.assert_close((chosen.u @ chosen.v.T).double(), want, rtol=0, atol=1e-4)
     torch.testing.assert_close(largest_singular(weight, rank)[0].double(), values[:rank], rtol=1e-5, atol=0)
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Grouped queries' sizes, a gate, and a residual: `y = x + down(silu(gate(x)) * up(x))` after `x + o(v(x))`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"v": (4, 8), "o": (8, 4), "gate": (12, 8), "up": (12, 8), "down": (8, 12)}
+        for name, (n, k) in sizes.items():
+            self.add_module(name, nn.Linear(k, n, bias=False).requires_grad_(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.o(self.v(x).cumsum(-2))
+        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_sensitivity_is_how_much_an_input_moves_the_output() -> None:
+    torch.manual_seed(0)
+    block, tokens = Small().double(), 5
+    x = torch.randn(2, tokens, 8).double()
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    found = [input_sensitivities(block, linears, [x], seed) for seed in range(400)]
+    y = block(x)
+    for name, linear in linears.items():
+        got = torch.stack([run[name].double().square() for run in found]).mean(0)
+        want = torch.zeros(linear.in_features).double()
+
+        def moved(added: Tensor, linear: nn.Linear = linear) -> Tensor:
+            handle = linear.register_forward_hook(lambda _, __, z: z + added)
+            out = block(x)
+            handle.remove()
+            return out / y.norm(dim=-1, keepdim=True)
+
+        zero = torch.zeros(2, tokens, linear.out_features).double()
+        jacobian = torch.autograd.functional.jacobian(moved, zero)  # [2, T, 8, 2, T, N]
+        want = (jacobian @ linear.weight).square().sum((0, 1, 2, 3, 4)) / (2 * tokens)
+        torch.testing.assert_close(got, want, rtol=0.15, atol=0)  # the mean of 400 estimates
+    norms = selection.column_norms(linears["down"].weight, "gradient", found[0]["down"])
+    assert norms is not None and float(norms.mean()) == pytest.approx(1)
+    assert input_sensitivities(block, linears, [x], 3)["v"].equal(found[3]["v"])
+
+
+def test_sensitivities_need_to_be_collected() -> None:
+    settings = SelectionSettings(sparsity=0.5, score="gradient")
+    scheme = settings.scheme(DENSE, (8, 64))
+    with pytest.raises(InputError, match="score: gradient needs gradients, which were not collected here"):
+        selection.choose(torch.randn(8, 64), [torch.randn(9, 64)], settings, scheme, torch.float32)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.2, 0.5])
+def test_a_threshold_leaves_out_what_its_truncation_error_allows(target: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 96, generator=generator) * torch.logspace(0, -1, 96)
+    inputs = [torch.randn(3, 40, 96, generator=generator) ** 3 for _ in range(2)]
+    settings = SelectionSettings(truncation=target, score="l2")
+    scheme = settings.scheme(DENSE, (16, 96))
+    chosen = selection.choose(weight, inputs, settings, scheme, torch.float32)
+    stored = selection_of(scheme, pack_selection(scheme, chosen))
+    assert stored is not None and chosen.norms is not None
+    x = torch.cat(inputs).reshape(-1, 96)
+
+    def error(read: Tensor) -> float:
+        """By the definition, one token at a time."""
+        lost = [
+            sum((x_i * weight[:, i] for i, x_i in enumerate(token) if not kept[i]), torch.zeros(16)).norm()
+            / (weight @ token).norm()
+            for token, kept in zip(x, read, strict=True)
+        ]
+        return float(sum(lost) / len(lost))
+
+    read = reference.selected(x, stored, 0)
+    size = x.abs() * weight.norm(dim=0)
+    assert float(size[~read].max()) <= float(size[read].min()) * (1 + 1e-5)  # one threshold on |x_i| ||W[:, i]||
+    assert 0.97 * target < error(read) <= target * 1.001
+
+
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536)])
+@pytest.mark.parametrize("fields", [{}, {"score": "l2"}, {"score": "l1", "channels": 0.9}], ids=str)
+def test_counts_fill_the_budget(shape: tuple[int, int], fields: dict[str, Any]) -> None:
+    settings = SelectionSettings(sparsity=0.5, threshold="topk", **fields)
+    scheme = settings.scheme(DENSE, shape)
+    weight, x = torch.randn(shape), torch.randn(64, shape[1])
+    chosen = selection.choose(weight, [x], settings, scheme, torch.float32)
+    stored = selection_of(scheme, pack_selection(scheme, chosen))
+    assert stored is not None and chosen.threshold is None
+    wanted = settings.split(shape, scheme).inputs
+    read = reference.selected(x, stored, 0).sum(1)
+    assert bool((read == chosen.count).all()) and abs(chosen.count / shape[1] - wanted) <= 0.5 / shape[1]
+    same = SelectionSettings(sparsity=0.5, **fields)
+    assert same.split(shape, same.scheme(DENSE, shape)) == settings.split(shape, scheme)
 
 
 # --- allocation ----------------------------------------------------------------------------------------------------
@@ -246,6 +342,46 @@ def test_any_pass_may_select(stage: dict[str, Any], numbers: str, llama: Path, t
         assert layer.stats["inputs_wanted"] == pytest.approx(layer.stats["inputs_read"], abs=0.2)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threshold": "topk"},
+        {"threshold": "topk", "score": "l2", "channels": 0.8, "allocation": "greedy"},
+        {"score": "gradient"},
+        {"score": "gradient", "threshold": "topk", "channels": 0.8},
+    ],
+    ids=str,
+)
+def test_every_selector_goes_through_a_run(
+    settings: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(text_file, **settings)
+    report = compress_checkpoint(llama, chosen, tmp_path / "out", dtype="float32")  # which reloads and compares
+    for layer in report.layers:
+        tolerance = 0.01 if "threshold" in settings else 0.2  # the dev set is one window of a tiny model
+        spread = 0.5 / layer.shape[1]
+        assert abs(layer.stats["inputs_read"] - layer.stats["inputs_wanted"]) <= tolerance + spread
+    model = halfweight.load(tmp_path / "out", dtype="float32")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    assert ("counts" in linears[Q].stored()) == ("threshold" in settings)
+    with selecting_tokens(model, 0) as reading, torch.no_grad():
+        model(torch.arange(24)[None] % 7 + 3)
+    assert reading.fraction is not None and abs(reading.fraction - 0.6) < (0.02 if "threshold" in settings else 0.1)
+    interrupt(llama, chosen, tmp_path / "again", stop_in_block(1), dtype="float32")
+    assert compress_checkpoint(llama, chosen, tmp_path / "again", dtype="float32").blocks_resumed == 1
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_truncation_error_decides_how_much_is_read(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    loose, tight = (recipe(text_file, sparsity=0, score="l2", truncation=share) for share in (0.4, 0.1))
+    reports = [compress_checkpoint(llama, one, tmp_path / str(i)) for i, one in enumerate((loose, tight))]
+    for some, more in zip(*(report.layers for report in reports), strict=True):
+        assert some.stats["inputs_read"] < more.stats["inputs_read"] and "inputs_wanted" not in some.stats
+        assert more.error < some.error < 0.4
+    (stage,) = with_removed(loose, 0.3).stages
+    assert (stage.selection.truncation, stage.selection.sparsity) == (0.3, 0)
+
+
 @pytest.mark.parametrize("to", ["dense", "w4"])
 def test_exports_say_that_every_input_is_read(to: str, selected: Path, llama: Path, tmp_path: Path) -> None:
     report = halfweight.export_checkpoint(selected, to, tmp_path / to)
@@ -290,7 +426,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pass": "keep"}, "the stage needs a selection"),
     ({"pass": "keep", "selection": {"sparsity": 1}}, "selection.sparsity"),
     ({"pass": "keep", "selection": {"sparsity": 0.5, "channels": 1.5}}, "selection.channels"),
+    ({"pass": "keep", "selection": {"sparsity": 0.5, "channels": -0.1}}, "selection.channels"),
     ({"pass": "keep", "selection": {"sparsity": 0.5, "score": "cett"}}, "selection.score"),
+    ({"pass": "keep", "selection": {"sparsity": 0.5, "threshold": "top"}}, "selection.threshold"),
+    ({"pass": "keep", "selection": {}}, "selection: give sparsity, above 0, or truncation in its place"),
+    (
+        {"pass": "keep", "selection": {"sparsity": 0.5, "truncation": 0.1}},
+        "selection: give sparsity, above 0, or trunc",
+    ),
+    ({"pass": "keep", "selection": {"truncation": 0.1}}, "truncation is of outputs of size .* not score: size"),
+    (
+        {"pass": "keep", "selection": {"truncation": 0.1, "score": "l2", "threshold": "topk"}},
+        "truncation finds one threshold per linear, not threshold: topk",
+    ),
+    (
+        {"pass": "keep", "selection": {"truncation": 0.1, "score": "l2", "channels": 0.9}},
+        "truncation leaves no bytes to share; remove channels and allocation",
+    ),
+    (
+        {"pass": "keep", "selection": {"sparsity": 0.5, "score": "gradient", "allocation": "greedy"}},
+        "allocation: greedy does not collect the gradients of score: gradient",
+    ),
     ({"pass": "keep", "selection": {"sparsity": 0.99, "score": "l2"}}, "sparsity 0.99 leaves no bytes for inputs"),
     ({"pass": "keep", "selection": SELECTION, "low_rank": {}}, "low_rank: beside a selection, selection.channels says"),
     ({"pass": "rtn", "selection": SELECTION}, "a selection needs integers along outputs"),

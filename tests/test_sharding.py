@@ -11,7 +11,7 @@ from halfweight.serving.scheme import LinearScheme
 from halfweight.serving.sharding import along_columns, along_rows, column_scheme, gather_groups, row_scheme
 from halfweight.serving.storage import effective_weight, validate
 from halfweight.triton_kernels.formats.groups import Groups
-from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, run, selected
+from stored_linears import SCHEMES, SELECTED, TOPK, WIDE, K, N, integers, packed, run, selected
 
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 
@@ -60,10 +60,11 @@ def test_outputs_of_parts_along_the_inputs_add_up(name: str, size: int) -> None:
     close(total, run(scheme, tensors, X))
 
 
-@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("name", SELECTED | TOPK)
 @pytest.mark.parametrize("size", [2, 4])
 def test_outputs_of_parts_along_the_outputs_stand_side_by_side(name: str, size: int) -> None:
-    scheme, tensors = SELECTED[name], selected(SELECTED[name])
+    scheme = (SELECTED | TOPK)[name]
+    tensors = selected(scheme)
     width = WIDE // size
     cut = row_scheme(scheme, [width])
     outputs = []

@@ -16,7 +16,7 @@ from halfweight.serving.errors import InputError
 from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme
 from halfweight.serving.storage import effective_weight, pack_weight
 from halfweight.serving.vllm_plugin import register
-from stored_linears import SCHEMES, SELECTED, WIDE, K, N, integers, packed, random_codes, run, selected
+from stored_linears import SCHEMES, SELECTED, TOPK, WIDE, K, N, integers, packed, random_codes, run, selected
 
 BLOCK = "model.layers.0"
 QKV = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
@@ -101,10 +101,11 @@ def test_row_parallel_parts_sum_to_the_linear(name: str, ranks: int, configure: 
     close(total, X @ dense(scheme, tensors).T + bias)
 
 
-@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("name", SELECTED | TOPK)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fused_projections_select_inputs_apart(name: str, ranks: int, configure: Any) -> None:
-    scheme, parts = SELECTED[name], [selected(SELECTED[name], seed) for seed in range(3)]
+    scheme = (SELECTED | TOPK)[name]
+    parts = [selected(scheme, seed) for seed in range(3)]
     outputs = []
     for rank in range(ranks):
         layer = LinearBase(rank, ranks, (WIDE, WIDE, WIDE), K)

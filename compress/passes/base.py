@@ -48,19 +48,43 @@ class SelectionSettings(BaseModel):
     """Every token reads the inputs of a linear with the largest scores, so that it does not read the share `sparsity`
     of the weight's bytes; thresholds, norms and branch count as read.
 
-    `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`. `channels` is the share of the bytes
-    read that goes to inputs; the rest goes to a low-rank branch for the inputs that are not read, the truncated SVD of
-    the `weight` or fitted to the unread `inputs` of the calibration. With `allocation: greedy` the linears of a block
-    share its budget so that its outputs suffer least; `uniform` gives all the same sparsity.
+    `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`, or times how much the input moves the
+    block's output, by `gradient` (`sensitivity.py`). `threshold: fixed` is one per linear, so that tokens differ in how
+    much they read; with `topk` all read equally many inputs. `truncation`, in place of `sparsity` and with `l2`, is the
+    relative error that leaving inputs out may cause in a linear's output (CETT); what is read follows from it.
+
+    `channels` is the share of the bytes read that goes to inputs; the rest goes to a low-rank branch for the inputs
+    that are not read, the truncated SVD of the `weight` or fitted to the unread `inputs` of the calibration. With
+    `allocation: greedy` the linears of a block share its budget so that its outputs suffer least; `uniform` gives all
+    the same sparsity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sparsity: float = Field(gt=0, lt=1)
-    score: Literal["size", "l2", "l1"] = "size"
+    sparsity: float = Field(default=0, ge=0, lt=1)
+    truncation: float | None = Field(default=None, gt=0, lt=1)
+    score: Literal["size", "l2", "l1", "gradient"] = "size"
+    threshold: Literal["fixed", "topk"] = "fixed"
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
     allocation: Literal["uniform", "greedy"] = "uniform"
+
+    @model_validator(mode="after")
+    def _compatible(self) -> SelectionSettings:
+        if (self.sparsity > 0) == (self.truncation is not None):
+            raise ValueError("give sparsity, above 0, or truncation in its place")
+        if self.truncation is not None:
+            if self.score != "l2":
+                raise ValueError(
+                    f"truncation is of outputs of size |x| * l2 norm, not score: {self.score}; set it to l2"
+                )
+            if self.threshold != "fixed":
+                raise ValueError(f"truncation finds one threshold per linear, not threshold: {self.threshold}")
+            if self.channels < 1 or self.allocation != "uniform":
+                raise ValueError("truncation leaves no bytes to share; remove channels and allocation")
+        if self.score == "gradient" and self.allocation == "greedy":
+            raise ValueError("allocation: greedy does not collect the gradients of score: gradient; choose another")
+        return self
 
     @property
     def fits(self) -> bool:
@@ -76,7 +100,8 @@ class SelectionSettings(BaseModel):
     def split(self, shape: tuple[int, int], scheme: LinearScheme) -> Split:
         """Inputs and rank for a linear of `shape` `(N, K)`: the nearest whole rank, and inputs for what that leaves.
 
-        Raises ValueError when norms and threshold alone are more than may be read.
+        With a truncation the inputs are all there are. Raises ValueError when norms and threshold alone are more than
+        may be read.
         """
         (n, k), norms = shape, self.score != "size"
         beside = 32 + 32 * k * norms
@@ -90,7 +115,7 @@ class SelectionSettings(BaseModel):
         return Split((spent - beside - rank * rank_bits) / total, rank)
 
     def _beside(self, weight: LinearScheme, branch: LowRankScheme | None) -> LinearScheme:
-        selection = SelectionScheme(norms=self.score != "size")
+        selection = SelectionScheme(norms=self.score != "size", threshold=self.threshold)
         try:
             return LinearScheme(**{**dict(weight), "selection": selection, "low_rank": branch})
         except ValidationError as error:
@@ -128,6 +153,11 @@ class StageConfig(BaseModel):
                 except re.error as error:
                     raise ValueError(f"{pattern!r} is not a valid regular expression ({error})") from None
         return value
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether its linears choose their inputs by gradients."""
+        return self.selection is not None and self.selection.score == "gradient"
 
     @property
     def name(self) -> str:

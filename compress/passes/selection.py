@@ -4,6 +4,10 @@ One threshold per linear on |x| is TEAL (Liu et al. 2024, arXiv 2408.14690); on 
 weights, WINA (Chen et al. 2025, arXiv 2505.19427) and the code of R-Sparse (Zhang et al. 2025, arXiv 2504.19449). The
 branch is R-Sparse's: the inputs that are not read pass through a low-rank approximation of the weight. Its published
 form is the truncated SVD of the weight; fitted to `inputs` it is the one that loses least on what calibration leaves.
+
+At a given sparsity of a linear, CETT (Sparsing Law, Luo et al. 2024, arXiv 2411.02335) reads what the L2 norm reads:
+its score is the size |x_i| * ||W[:, i]|| of a neuron's output, for an FFN's last linear. What differs is that linears
+get thresholds of the same truncation error instead of the same sparsity; `truncation` is that.
 """
 
 from __future__ import annotations
@@ -13,15 +17,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...eval.metrics import cett
+from ...serving.errors import InputError
 from ...serving.linear import SelectingLinear
 from ...serving.scheme import LinearScheme
 from ...serving.storage import Selection
 from ...triton_kernels.input_select import reference
 from ..quantiles import QuantileSketch
-from ..statistics import add_grams, mirror_upper
+from ..statistics import add_grams, mirror_upper, spread_rows
 from ..world import ALONE, World
 from .base import SelectionSettings
 from .low_rank import fit_outputs, input_directions, largest_singular
+
+_TRUNCATED = 512  # tokens that truncation errors are measured on
+_BISECTIONS = 14  # of the share of inputs that is left out
 
 
 def choose(
@@ -30,14 +39,19 @@ def choose(
     settings: SelectionSettings,
     scheme: LinearScheme,
     dtype: torch.dtype,
+    sensitivity: Tensor | None = None,
     world: World = ALONE,
 ) -> Selection:
     """What a linear with `weight` `[N, K]` fp32 and calibration `inputs` `[..., K]` reads by, as `settings` say.
 
-    The `inputs` are this process's share of them. The branch is rounded to `dtype`. Raises HessianError where the
-    inputs that are not read determine no branch.
+    The `inputs` are this process's share of them; a bound on truncation is met on the share of the process that leads.
+    The branch is rounded to `dtype`. `sensitivity` `[K]`, of `input_sensitivities`, is what `score: gradient` weighs
+    by. Raises InputError where it is missing, HessianError where the inputs that are not read determine no branch.
     """
-    norms = column_norms(weight, settings.score)
+    norms = column_norms(weight, settings.score, sensitivity)
+    if settings.truncation is not None:
+        assert norms is not None  # such settings score by l2
+        return Selection(truncation_threshold(weight, inputs, norms, settings.truncation), norms)
     sketch = QuantileSketch()
     for x in inputs:
         sketch.add(scores(x, norms))
@@ -57,6 +71,8 @@ def threshold_of(
     shape: tuple[int, int],
 ) -> Selection:
     """The selection without a branch that reads, of inputs with the scores in `sketch`, the share `settings` allow."""
+    if settings.threshold == "topk":
+        return Selection(None, norms, count=max(1, round(settings.split(shape, scheme).inputs * shape[1])))
     return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms)
 
 
@@ -66,12 +82,37 @@ def scores(x: Tensor, norms: Tensor | None) -> Tensor:
     return size if norms is None else size * norms
 
 
-def column_norms(weight: Tensor, score: str) -> Tensor | None:
-    """The norm of each input's weights, fp32 `[K]`, that `score` asks for, scaled to a mean of 1; None for `size`."""
+def column_norms(weight: Tensor, score: str, sensitivity: Tensor | None = None) -> Tensor | None:
+    """What `score` multiplies |x| with, fp32 `[K]`, scaled to a mean of 1; None for `size`.
+
+    The norm of each input's weights, or for `gradient` its `sensitivity`; InputError where that was not collected.
+    """
     if score == "size":
         return None
-    norms = torch.linalg.vector_norm(weight.float(), ord={"l1": 1, "l2": 2}[score], dim=0)
+    if score != "gradient":
+        norms = torch.linalg.vector_norm(weight.float(), ord={"l1": 1, "l2": 2}[score], dim=0)
+    elif sensitivity is None:
+        raise InputError("score: gradient needs gradients, which were not collected here; use l2, or `compress`")
+    else:
+        norms = sensitivity.float()
     return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def truncation_threshold(weight: Tensor, inputs: Sequence[Tensor], norms: Tensor, target: float) -> float:
+    """The largest threshold on |x| * norms whose CETT (`eval.metrics.cett`) is at most `target`, by bisection.
+
+    `norms` `[K]` are those of the columns of `weight` `[N, K]`, up to a factor. Errors are measured on some tokens of
+    every one of the `inputs` `[..., K]`.
+    """
+    x = torch.cat([spread_rows(part, -(-_TRUNCATED // len(inputs))) for part in inputs]).float()
+    sketch = QuantileSketch()
+    sketch.add(scores(x, norms))
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        error, _ = cett(x, weight, sketch.quantile(middle), norms)
+        low, high = (middle, high) if error <= target else (low, middle)
+    return sketch.quantile(low) if low else 0.0
 
 
 def outputs(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -116,7 +157,9 @@ def _unread_hessian(inputs: Sequence[Tensor], selection: Selection, world: World
 
     def unread() -> Iterator[Tensor]:
         for x in rows:
-            yield x.masked_fill(scores(x, selection.norms) > selection.threshold, 0)
+            score = scores(x, selection.norms)
+            cut = selection.threshold if selection.count is None else reference.token_cuts(score, selection.count)
+            yield x.masked_fill(score > cut, 0)
 
     add_grams(total, unread, world)
     return mirror_upper(total).div_(world.total(sum(map(len, rows))))

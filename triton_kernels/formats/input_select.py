@@ -5,8 +5,8 @@ A linear `[N, K]` made of P fused parts (1 in a checkpoint); its weight lies inp
 - `norms[P, K]`, optional, int32 bit patterns of fp32, finite and >= 0: input k of a token scores `|x[k]| * norm[k]`, or
   without them `|x[k]|`, in fp32.
 - `thresholds[P]`, int32: bit patterns of fp32, finite and >= 0. A part reads the inputs that score above its threshold.
-- `counts[P]`, int32, 1 to K, in place of the thresholds: of every token a part reads the inputs with its largest scores,
-  this many. Inputs that tie with the last of them are read too; a score of 0 never is.
+- `counts[P]`, int32, 1 to K, in place of the thresholds: of every token a part reads so many inputs, those with the
+  largest scores. Inputs that tie with the last of them are read too; one that scores 0 never is.
 - `V[P, K, r]` and `U[N, r]`, optional, floating point: inputs a part does not read pass through `V U^T` instead.
 """
 

@@ -5,8 +5,9 @@ branch. A row is loaded under a mask that says whether any token selects its inp
 Both kernels also compute z itself (`REST`): the same product, over the inputs that a part does not select.
 
 All grids are `(column tiles, slices of K)`. `tiles[tile]` holds `(part, first output column, end, 0)`: no tile spans
-two fused parts, whose thresholds differ. `cut` finds tokens' own thresholds `[M, parts]` beforehand (`TOPK`). With `PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`;
-sums of `ADDENDS` slices that an earlier launch left so in `addend` are added, in order.
+two fused parts, whose thresholds differ. `cut` finds tokens' own thresholds `[M, parts]` beforehand (`TOPK`). With
+`PARTIAL` the fp32 sums of each slice go to `out[slice, token, column]`; sums of `ADDENDS` slices that an earlier launch
+left so in `addend` are added, in order.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def selected(x: Tensor, selection: InputSelection, part: int, cuts: Tensor | Non
     if cuts is not None:
         return ~(score <= cuts[:, part, None])
     if selection.counts is not None:
-        return ~(score <= token_cuts(score, int(selection.counts[part])))
+        count = 1 if selection.counts.is_meta else int(selection.counts[part])  # meta tensors are of no content
+        return ~(score <= token_cuts(score, count))
     assert selection.thresholds is not None  # it has these or counts
     return ~(score <= from_bits(selection.thresholds)[part])
 

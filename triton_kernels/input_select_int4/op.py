@@ -91,8 +91,8 @@ def register() -> None:
     register_operator(
         "input_select_int4_gpu(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? entries, Tensor tiles,"
         " int group_size, int stored_group_size, int segments, int kept, Tensor u, Tensor? thresholds,"
-        " Tensor? counts, Tensor? norms, Tensor? v, Tensor u_tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k, int rank, int[] parts,"
-        " Tensor? bias, bool masked=True) -> Tensor",
+        " Tensor? counts, Tensor? norms, Tensor? v, Tensor u_tiles, Tensor v_tiles, Tensor(a!) workspace, int n, int k,"
+        " int rank, int[] parts, Tensor? bias, bool masked=True) -> Tensor",
         {"CUDA": _operator},
         lambda x, *rest, **masked: x.new_empty((*x.shape[:-1], rest[17])),
     )
