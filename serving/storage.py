@@ -38,14 +38,14 @@ class Selection(NamedTuple):
     """Which inputs a linear `[N, K]` reads, before packing: `|x| > threshold`, or `|x| * norms[K] > threshold`.
 
     `v` `[K, rank]` and `u` `[N, rank]`, in the model's dtype: the branch for the inputs that are not read, if any.
-    `count`, instead of a threshold: how many inputs each token reads, those with its largest scores.
+    `inputs`, instead of a threshold: how many inputs each token reads, those with its largest scores.
     """
 
     threshold: float | None
     norms: Tensor | None = None
     v: Tensor | None = None
     u: Tensor | None = None
-    count: int | None = None
+    inputs: int | None = None
 
 
 class TensorSpec(NamedTuple):
@@ -266,7 +266,7 @@ def pack_selection(scheme: LinearScheme, selection: Selection) -> dict[str, Tens
     """Tensors to store beside a weight whose inputs are selected. Raises FormatError when they are not the scheme's."""
     norms = None if selection.norms is None else to_bits(selection.norms.float())[None]
     v = None if selection.v is None else selection.v[None].contiguous()
-    cut, number = selection.threshold, selection.count
+    cut, number = selection.threshold, selection.inputs
     threshold = None if cut is None else to_bits(torch.tensor([cut], dtype=torch.float32))
     count = None if number is None else torch.tensor([number], dtype=torch.int32)
     packed = InputSelection(threshold, norms, v, selection.u, count)

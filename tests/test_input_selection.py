@@ -199,7 +199,7 @@ def test_counts_fill_the_budget(shape: tuple[int, int], fields: dict[str, Any]) 
     assert stored is not None and chosen.threshold is None
     wanted = settings.split(shape, scheme).inputs
     read = reference.selected(x, stored, 0).sum(1)
-    assert bool((read == chosen.count).all()) and abs(chosen.count / shape[1] - wanted) <= 0.5 / shape[1]
+    assert bool((read == chosen.inputs).all()) and abs(chosen.inputs / shape[1] - wanted) <= 0.5 / shape[1]
     same = SelectionSettings(sparsity=0.5, **fields)
     assert same.split(shape, same.scheme(DENSE, shape)) == settings.split(shape, scheme)
 

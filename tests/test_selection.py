@@ -83,7 +83,7 @@ def example(name: str) -> tuple[LinearScheme, dict[str, Tensor], Tensor]:
     assert chosen.selection is not None
     norms = torch.rand(K, generator=generator) + 0.5 if chosen.selection.norms else None
     topk = chosen.selection.threshold == "topk"
-    reading = Selection(None if topk else 0.6, norms, **branch, count=29 if topk else None)
+    reading = Selection(None if topk else 0.6, norms, **branch, inputs=29 if topk else None)
     return chosen, tensors | storage.pack_selection(chosen, reading), dense.double()
 
 

@@ -72,7 +72,7 @@ def threshold_of(
 ) -> Selection:
     """The selection without a branch that reads, of inputs with the scores in `sketch`, the share `settings` allow."""
     if settings.threshold == "topk":
-        return Selection(None, norms, count=max(1, round(settings.split(shape, scheme).inputs * shape[1])))
+        return Selection(None, norms, inputs=max(1, round(settings.split(shape, scheme).inputs * shape[1])))
     return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms)
 
 
@@ -158,7 +158,7 @@ def _unread_hessian(inputs: Sequence[Tensor], selection: Selection, world: World
     def unread() -> Iterator[Tensor]:
         for x in rows:
             score = scores(x, selection.norms)
-            cut = selection.threshold if selection.count is None else reference.token_cuts(score, selection.count)
+            cut = selection.threshold if selection.inputs is None else reference.token_cuts(score, selection.inputs)
             yield x.masked_fill(score > cut, 0)
 
     add_grams(total, unread, world)

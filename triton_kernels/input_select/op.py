@@ -145,7 +145,7 @@ def example_prepared(
         count = torch.full((1,), max(1, shape.k // 2), dtype=torch.int32, device=device)
         tensors |= {"thresholds": None, "counts": count}
     weight = torch.randn((shape.k, shape.n), device=device).to(dtype)
-    return layout.prepare(weight, InputSelection(**tensors))  # type: ignore[arg-type]
+    return layout.prepare(weight, InputSelection(**tensors))
 
 
 def steps(shape: Shape, dtype: torch.dtype, target: str) -> list[tuple[str, Launch]]:
