@@ -27,6 +27,7 @@ from halfweight.serving.scheme import IntegerScheme, LinearScheme
 from halfweight.serving.storage import pack_selection, selection_of, tensor_specs
 from halfweight.triton_kernels.formats.bits import from_bits
 from halfweight.triton_kernels.input_select import reference
+from recipe_cases import refusal, stages
 from runs import contents, interrupt, stop_in_block
 
 DENSE = LinearScheme(pattern="dense", density=1.0)
@@ -469,3 +470,10 @@ def test_bad_settings_are_refused_in_one_line(
         settings = {"calibration": {"data": str(text_file), "samples": 8, "seqlen": 32}, "stages": [stage]}
         compress_checkpoint(llama, Recipe.parse(settings), tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+def test_fused_parts_are_selected_alike() -> None:
+    selection = {"sparsity": 0.5}
+    others = {"pass": "keep", "targets": ["q_proj", "k_proj"], "selection": {**selection, "threshold": "topk"}}
+    message = refusal(stages(others, {"pass": "keep", "targets": ["v_proj"], "selection": selection}))
+    assert "q_proj, k_proj, v_proj are fused by servers and must share one scheme" in message

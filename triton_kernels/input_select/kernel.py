@@ -80,12 +80,22 @@ def _fetch(
 
 
 @triton.jit
-def cut(x, norms, counts, thresholds, K, stride_x, NORMS: tl.constexpr, BLOCK_K: tl.constexpr):
+def cut(
+    x,
+    norms,
+    counts,
+    thresholds,
+    K,
+    stride_x,
+    NORMS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """`thresholds[token, part]`: the largest number below the `counts[part]`-th largest score of the token, 0 at least.
     Grid `(M, parts)`.
 
     Bits of floats >= 0 are ordered as the floats are, and NaN above all, so the bits of the score that is looked for
-    are the largest that enough scores reach: one bit at a time.
+    are the largest that enough scores reach: one bit at a time. Only the first BITS after the sign are ever set.
     """
     token = tl.program_id(0)
     part = tl.program_id(1)
@@ -97,7 +107,7 @@ def cut(x, norms, counts, thresholds, K, stride_x, NORMS: tl.constexpr, BLOCK_K:
     bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # infinity times a norm of 0 may be a negative NaN
     count = tl.load(counts + part)
     found = count * 0
-    for step in range(31):
+    for step in range(BITS):
         trial = found | (1 << (30 - step))
         found = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= count, trial, found)
     found = tl.maximum(tl.minimum(found, 0x7F800000), 1) - 1

@@ -18,6 +18,7 @@ from .split import GEMV_THREADS, TILE, Split, dot_split, gemv_split, gemv_unroll
 
 MATMUL_FROM = 64  # tokens
 REDUCE_COLUMNS = 256
+SCORE_BITS = {torch.bfloat16: 15, torch.float16: 18}  # of |x| as fp32: 8 of the exponent, and the fraction's
 Step = tuple[str, Launch]
 
 
@@ -90,7 +91,11 @@ def plan_cut(x: Tensor, prepared: Prepared, target: str) -> Launch:
             "K": prepared.k,
             "stride_x": x.stride(0),
         },
-        constants={"NORMS": prepared.norms is not None, "BLOCK_K": block},
+        constants={
+            "NORMS": prepared.norms is not None,
+            "BITS": 31 if prepared.norms is not None else SCORE_BITS.get(x.dtype, 31),
+            "BLOCK_K": block,
+        },
         num_warps=min(16, max(4, block // 512)) * 32 // _lanes(target),
     )
 
