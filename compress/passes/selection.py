@@ -157,9 +157,15 @@ def _unread_hessian(inputs: Sequence[Tensor], selection: Selection, world: World
 
     def unread() -> Iterator[Tensor]:
         for x in rows:
-            score = scores(x, selection.norms)
-            cut = selection.threshold if selection.inputs is None else reference.token_cuts(score, selection.inputs)
-            yield x.masked_fill(score > cut, 0)
+            yield x.masked_fill(_read(scores(x, selection.norms), selection), 0)
 
     add_grams(total, unread, world)
     return mirror_upper(total).div_(world.total(sum(map(len, rows))))
+
+
+def _read(score: Tensor, selection: Selection) -> Tensor:
+    """bool `[tokens, K]`: which inputs with this `score` `[tokens, K]` are read."""
+    if selection.inputs is not None:
+        return score > reference.token_cuts(score, selection.inputs)
+    assert selection.threshold is not None  # it has this or a number of inputs
+    return score > selection.threshold
