@@ -32,6 +32,7 @@ _STAGES = {
     "export": "export",
     "delta": "compare",
     "target": "trials",
+    "search": "search",
     "bench": "measure speed",
 }
 

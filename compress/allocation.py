@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..serving.linear import SelectingLinear
 from ..serving.storage import pack_selection, selection_of
+from .blocks import BlockWalker
 from .passes.base import SelectionSettings, StageConfig
 from .passes.selection import column_norms, scores, threshold_of
 from .quantiles import QuantileSketch
@@ -32,6 +32,17 @@ class Step(NamedTuple):
     start: float
     sparsity: float
     weight: int
+
+
+def selecting_linears(walker: BlockWalker, index: int, stages: Mapping[str, StageConfig]) -> dict[str, nn.Linear]:
+    """The linears of block `index`, held by the `walker`, that `stages` work on; those that will select their inputs
+    are replaced by ones that can."""
+    linears = {name: linear for name, linear in walker.block_linears(index).items() if name in stages}
+    for name, linear in linears.items():
+        if stages[name].selection is not None:
+            linears[name] = SelectingLinear.like(linear)
+            walker.model.set_submodule(name, linears[name])
+    return linears
 
 
 @torch.no_grad()
@@ -51,7 +62,9 @@ def allocate(
         for name, linear in linears.items()
         if isinstance(linear, SelectingLinear) and _settings(stages[name]).allocation == "greedy"
     }
-    return _allocate(run, sharing, stages, inputs) if sharing else {}
+    curves = error_curves(run, sharing, stages, inputs) if sharing else {}
+    weights = {name: weight_bits(stages[name], linear) for name, linear in sharing.items()}
+    return divide(curves, weights, {name: _settings(stages[name]).sparsity for name in sharing})
 
 
 def with_sparsities(stages: Mapping[str, StageConfig], sparsities: Mapping[str, float]) -> dict[str, StageConfig]:
@@ -63,12 +76,21 @@ def with_sparsities(stages: Mapping[str, StageConfig], sparsities: Mapping[str, 
     return changed
 
 
-def _allocate(
+def weight_bits(stage: StageConfig, linear: nn.Linear) -> int:
+    """Bits of a linear's weight as its `stage` stores it, of which the sparsity is not read."""
+    shape = (linear.out_features, linear.in_features)
+    return _settings(stage).bits(shape, stage.weight_scheme(shape))[0]
+
+
+@torch.no_grad()
+def error_curves(
     run: Callable[[Tensor], Tensor],
     linears: Mapping[str, SelectingLinear],
     stages: Mapping[str, StageConfig],
     inputs: Sequence[Tensor],
-) -> dict[str, float]:
+) -> dict[str, dict[float, float]]:
+    """What a block's outputs lose (`token_errors`) by each of its `linears` alone at some sparsities, that of its stage
+    among them: name -> sparsity -> error. Arguments as for `allocate`."""
     settings = {name: _settings(stages[name]) for name in linears}
     sketches = {name: QuantileSketch() for name in linears}
     norms = {name: column_norms(linear.weight.float(), settings[name].score) for name, linear in linears.items()}
@@ -94,8 +116,7 @@ def _allocate(
             linear.selection = selection_of(scheme, pack_selection(scheme, chosen))
             curves[name][level] = sum(token_errors(run(x), y) for x, y in zip(inputs, wanted, strict=True))
         linear.selection = None
-    weights = {name: prod(linear.weight.shape) for name, linear in linears.items()}
-    return divide(curves, weights, {name: settings[name].sparsity for name in linears})
+    return curves
 
 
 def token_errors(got: Tensor, wanted: Tensor) -> float:

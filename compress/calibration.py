@@ -15,6 +15,7 @@ from ..serving.errors import InputError
 from ..serving.load import load
 from .blocks import batch_size
 from .recipe import Calibration
+from .search.config import Search
 from .world import World
 
 # Calibration draws from the first 90 % of the tokens; the rest is the dev set, for reports, tuning and early stopping.
@@ -27,12 +28,13 @@ _CHARACTERS_PER_TOKEN = 8  # generous, to know how much of a hub dataset to read
 @dataclass(frozen=True)
 class Windows:
     """Token ids `[L]`, int64: `calibration`; `dev`, never calibrated on; the text had `text_tokens`. `tuning` are the
-    windows beyond the calibration's that tuning asked for."""
+    windows beyond the calibration's that tuning asked for, `search` those of the dev set that a search tries on."""
 
     calibration: list[Tensor]
     dev: list[Tensor]
     text_tokens: int
     tuning: list[Tensor] = field(default_factory=list)
+    search: list[Tensor] = field(default_factory=list)
 
     @property
     def all(self) -> list[Tensor]:
@@ -65,17 +67,32 @@ def load_windows(
     max_length: int | None = None,
     trust_remote_code: bool = False,
     tuning: int = 0,
+    search: Search | None = None,
 ) -> Windows:
-    """Windows for `settings`, at least `tuning` of them to train on. `model` (its folder) is only loaded for
-    `data: self`.
+    """Windows for `settings`, at least `tuning` of them to train on, and those of a `search`. `model` (its folder) is
+    only loaded for `data: self`.
 
     Raises InputError when the windows exceed the model's context `max_length` or the text is too short.
     """
     check_context(settings, max_length)
     bos = bos_token(tokenizer)
     if settings.data == "self":
-        return self_windows(settings, model, bos, tuning)
-    return text_windows(tokenize(tokenizer, _text(settings)), settings, bos, tuning)
+        found = self_windows(settings, model, bos, tuning)
+        held_out = torch.cat(found.dev)
+    else:
+        tokens = tokenize(tokenizer, _text(settings))
+        found = text_windows(tokens, settings, bos, tuning)
+        held_out = tokens[_dev_start(tokens) :]
+    return found if search is None else replace(found, search=search_windows(held_out, search, bos, max_length))
+
+
+def search_windows(tokens: Tensor, search: Search, bos: int | None, max_length: int | None) -> list[Tensor]:
+    """The first windows of a `search` in the held-out `tokens` `[n]`, one shorter window where they do not fill any."""
+    if max_length is not None and search.seqlen > max_length:
+        raise InputError(
+            f"search.seqlen: windows of {search.seqlen} tokens exceed the model's context of {max_length}; lower it"
+        )
+    return consecutive_windows(tokens, min(search.seqlen, len(tokens)), bos, search.samples)
 
 
 def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
@@ -83,7 +100,7 @@ def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
 
     Raises InputError when there are fewer calibration windows than processes.
     """
-    names = ("calibration", "dev", "tuning")
+    names = ("calibration", "dev", "tuning", "search")
     found = load() if world.leads else Windows([], [], 0)
     tensors = {name: torch.stack(getattr(found, name)) for name in names if getattr(found, name)}
     got = world.broadcast(tensors, 0, torch.device("cpu"))
@@ -116,8 +133,7 @@ def text_windows(tokens: Tensor, settings: Calibration, bos: int | None, tuning:
     Starts are `torch.randint(0, n_calibration - seqlen, (samples,))` with a generator seeded by `settings.seed`, and
     those of the windows missing to `tuning` come next from the same generator.
     """
-    cut = len(tokens) * CALIBRATION_PERCENT // 100
-    length = settings.seqlen
+    cut, length = _dev_start(tokens), settings.seqlen
     if cut - length < 1:
         raise InputError(
             f"calibration text has {len(tokens)} tokens, of which {cut} are for calibration; windows of {length} need"
@@ -167,6 +183,10 @@ def self_windows(settings: Calibration, model: Path, bos: int | None, tuning: in
             rows.extend(output.cpu().unbind())
     tokens = sum(len(row) for row in rows)
     return Windows(rows[: settings.samples], rows[training:], tokens, rows[settings.samples : training])
+
+
+def _dev_start(tokens: Tensor) -> int:
+    return len(tokens) * CALIBRATION_PERCENT // 100
 
 
 def _text(settings: Calibration) -> str:

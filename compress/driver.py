@@ -36,6 +36,8 @@ from .report import (
     silent,
 )
 from .run import Run
+from .search.run import search
+from .search.strategies import require
 from .world import ALONE, World
 
 
@@ -79,6 +81,8 @@ def compress_checkpoint(
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
+    if recipe.search is not None:
+        require(recipe.search)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
     with _work_folder(out, overwrite, world) as partial:
@@ -88,13 +92,27 @@ def compress_checkpoint(
                 writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
                 tokenizer = load_tokenizer(source.path)
                 samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
-                return load_windows(recipe.calibration, tokenizer, source.path, walker.max_length, tuning=samples)
+                return load_windows(
+                    recipe.calibration,
+                    tokenizer,
+                    source.path,
+                    walker.max_length,
+                    tuning=samples,
+                    search=recipe.search,
+                )
 
         windows = shared_windows(world, load)
         release_memory()
         settings = (recipe.to_yaml(), str(walker.dtype), where.type)
-        identity = world.shared(fingerprint(checkpoint, [*windows.all, *windows.dev], *settings))
+        tokens = [*windows.all, *windows.dev, *windows.search]
+        identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(partial, identity, fresh, world)
+        searched = None
+        if recipe.search is not None:
+            searched = search(walker, recipe, stages, windows, journal, progress)
+            recipe = searched.recipe
+            stages = recipe.resolve(shapes)
+            release_memory()
         run = Run(walker, stages, recipe, windows.share(world), journal, progress, world)
         resumed = run.all_blocks()
         parts = run.whole(identity)
@@ -147,15 +165,17 @@ def compress_checkpoint(
             layers=run.layers,
             tables=run.tables,
             tuning=run.tuned,
+            searched=None if searched is None else searched.report,
+            search=[] if searched is None else searched.trials,
             versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
             processes=world.size,
             windows_by_process=calibrated,
         )
-        if fingerprint(checkpoint, [*windows.all, *windows.dev], *settings) != identity:
+        if fingerprint(checkpoint, tokens, *settings) != identity:
             raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
         write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
         writer.publish(partial, out)
-        for name in (*(str(entry["part"]) for entry in journal.entries), writer.JOURNAL):
+        for name in (*journal.parts, writer.JOURNAL):
             (out / name).unlink()
         progress(Progress("verify", 1, 1))
         world.shared(report.model_dump())

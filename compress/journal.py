@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ class Journal:
     """`journal.jsonl` in the work folder: a fingerprint, then one line per finished part with its hash and report rows.
 
     A part is written and synced before its line is; a line that does not parse, or whose part has another hash, ends
-    the valid prefix, and everything after it is done again. Of several processes the leader reads and writes; the
-    others have the same entries.
+    the valid prefix, and everything after it is done again. Lines may also be notes, which belong to no part. Of
+    several processes the leader reads and writes; the others have the same entries.
     """
 
     def __init__(self, folder: Path, fingerprint: str, fresh: bool = False, world: World = ALONE) -> None:
@@ -70,14 +70,27 @@ class Journal:
         valid = []
         for entry in entries:
             part = self.folder / str(entry.get("part"))
-            if not part.is_file() or file_hash(part) != entry.get("sha256"):
+            if "note" not in entry and (not part.is_file() or file_hash(part) != entry.get("sha256")):
                 break
             valid.append(entry)
         return valid
 
     def done(self, part: str) -> dict[str, Any] | None:
         """The entry of a finished part, or None."""
-        return next((entry for entry in self.entries if entry["part"] == part), None)
+        return next((entry for entry in self.entries if entry.get("part") == part), None)
+
+    @property
+    def parts(self) -> list[str]:
+        """The finished parts, in the order they were recorded."""
+        return [str(entry["part"]) for entry in self.entries if "part" in entry]
+
+    def notes(self, about: str) -> list[dict[str, Any]]:
+        """What was noted about something, in order."""
+        return [entry["is"] for entry in self.entries if entry.get("note") == about]
+
+    def note(self, about: str, what: Mapping[str, Any]) -> None:
+        """Append `what`, as JSON, to the notes about something, and make the line durable."""
+        self._append({"note": about, "is": dict(what)})
 
     def store(self, part: str, tensors: dict[str, Tensor], **fields: Any) -> None:
         """Write a part and its entry, both durably. What the leader passes counts."""
@@ -87,9 +100,10 @@ class Journal:
 
     def record(self, part: str, **fields: Any) -> None:
         """Append the entry of `part` (already durable) and make the line durable. What the leader passes counts."""
-        entry: dict[str, Any] = {}
+        self._append({"part": part, "sha256": file_hash(self.folder / part), **fields} if self.world.leads else {})
+
+    def _append(self, entry: dict[str, Any]) -> None:
         if self.world.leads:
-            entry = {"part": part, "sha256": file_hash(self.folder / part), **fields}
             with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
                 stream.flush()

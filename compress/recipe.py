@@ -20,6 +20,8 @@ from ..serving.storage import tensor_specs
 from ..triton_kernels.formats import FormatError
 from .passes import PASSES, StageConfig
 from .passes.base import IntegerSettings
+from .search.config import CHOICES as SEARCHES
+from .search.config import Search
 from .tuning.config import CHOICES, Tuning, tuning_fields
 
 # A stage is whichever pass config its `pass` key names; type checkers only see what all stages share.
@@ -56,8 +58,8 @@ class Embeddings(IntegerSettings):
 
 
 class Recipe(BaseModel):
-    """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, and
-    the `tuning` that follows.
+    """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
+    `search` for what their selections read, and the `tuning` that follows.
 
     `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
 
@@ -73,6 +75,7 @@ class Recipe(BaseModel):
     embeddings: Embeddings | None = None
     prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
+    search: Search | None = None
     tuning: Tuning | None = None
 
     @classmethod
@@ -160,13 +163,54 @@ class Recipe(BaseModel):
             sections[stage] = value if stage == name else {**sections[stage], "epochs": value}
         return self.model_copy(update={"tuning": Tuning.model_validate(sections) if sections else None})
 
+    def with_search(self, method: str | None = None, trials: int | None = None) -> Recipe:
+        """A copy that searches by `method` (`none` does not), with `trials`, where they are not None.
+
+        A search that the recipe does not have gets the defaults. Raises InputError for an unknown method, and for
+        `trials` of a search that is off.
+        """
+        settings = None if self.search is None else self.search.model_dump()
+        if method is not None:
+            if method not in SEARCHES:
+                raise InputError(f"--search {method!r} is unknown{did_you_mean(method, list(SEARCHES))}")
+            settings = None if method == "none" else {**(settings or {}), "method": method}
+        if trials is not None:
+            if settings is None:
+                raise InputError(f"recipe {self.name}: does not search; add --search evolution")
+            settings["trials"] = trials
+        try:
+            search = None if settings is None else Search.model_validate(settings)
+        except ValidationError as error:
+            raise InputError(f"search.trials: {error.errors()[0]['msg']}, got {trials}") from None
+        return self.model_copy(update={"search": search})
+
     def resolve(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StageConfig]:
         """Which stage applies to which linear of a model with `shapes` (name -> `(N, K)`).
 
         Raises InputError when a stage matches nothing, two stages work on one linear, a pattern does not divide an
         input size or cannot be stored, or linears that servers fuse (q/k/v, gate/up) end up with different schemes.
         """
-        chosen: dict[str, StageConfig] = {}
+        chosen = {
+            name: _for_linear(self.stages[number], name, shapes[name], f"recipe {self.name}: stages[{number}]")
+            for name, number in self.owners(shapes).items()
+        }
+        schemes = {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}
+        _check_fused(self.name, schemes, shapes)
+        along_outputs = next((name for name, scheme in schemes.items() if scheme.input_major), None)
+        if self.tuning is not None and along_outputs is not None:
+            raise InputError(
+                f"recipe {self.name}: tuning: {along_outputs} is stored along the outputs, which tuning cannot train;"
+                " remove tuning (or pass --tuning none)"
+            )
+        if self.search is not None and all(stage.selection is None for stage in chosen.values()):
+            raise InputError(
+                f"recipe {self.name}: search: no stage has a selection, so there is nothing to search; remove search"
+                " (or pass --search none)"
+            )
+        return chosen
+
+    def owners(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """The number of the stage that works on each linear; InputError as `resolve` describes."""
         owner: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
             matched = [name for name in shapes if _matches(name, stage.targets) and not _matches(name, stage.ignore)]
@@ -178,20 +222,18 @@ class Recipe(BaseModel):
             if not matched:
                 raise InputError(f"{where}: ignore leaves no linear to work on")
             for name in matched:
-                if name in chosen:
+                if name in owner:
                     raise InputError(
                         f"{where}: {name} is already compressed by stages[{owner[name]}]; narrow targets or ignore it"
                     )
-                chosen[name], owner[name] = _for_linear(stage, name, shapes[name], where), number
-        schemes = {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}
-        _check_fused(self.name, schemes, shapes)
-        along_outputs = next((name for name, scheme in schemes.items() if scheme.input_major), None)
-        if self.tuning is not None and along_outputs is not None:
-            raise InputError(
-                f"recipe {self.name}: tuning: {along_outputs} is stored along the outputs, which tuning cannot train;"
-                " remove tuning (or pass --tuning none)"
-            )
-        return chosen
+                owner[name] = number
+            for key in {} if stage.selection is None else stage.selection.profile:
+                if not any(name == key or name.startswith(f"{key}.") for name in matched):
+                    raise InputError(
+                        f"{where}.selection.profile: {key!r} holds no linear of this stage; name a linear such as"
+                        f" {matched[0]!r}, or a module around it"
+                    )
+        return owner
 
 
 class _Loader(yaml.SafeLoader):
@@ -244,6 +286,8 @@ def _for_linear(stage: StageConfig, name: str, shape: tuple[int, int], where: st
     """`stage` with what depends on the linear filled in; raises InputError when it cannot work on it."""
     try:
         stage = stage.for_linear(name, shape)
+        if stage.selection is not None:
+            stage = stage.model_copy(update={"selection": stage.selection.for_linear(name)})
         scheme = stage.scheme(shape)
     except ValueError as error:
         raise InputError(f"{where}: {name}: {error}; ignore it or change the stage") from None
@@ -309,6 +353,8 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
         fields = Calibration.model_fields
     elif location[:1] == ["embeddings"]:
         fields = Embeddings.model_fields
+    elif location[:1] == ["search"]:
+        fields = Search.model_fields
     elif location[:1] == ["tuning"]:
         fields = tuning_fields([str(part) for part in location[1:-1]])
     shown = reduce(lambda text, part: f"{text}[{part}]" if isinstance(part, int) else f"{text}.{part}", location, "")

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from .search.config import Search
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -76,6 +78,26 @@ class TuningReport(BaseModel):
     note: str | None = None
 
 
+class SearchTrial(BaseModel):
+    """One trial of a search, `objective` lower is better: the `point` that was tried, what it means for each group of
+    blocks (mean `sparsity` by bytes, mean `channels`), and in words how it compares with the first trial."""
+
+    objective: float
+    detail: str
+    point: list[float]
+    sparsity: list[float]
+    channels: list[float]
+    seconds: float
+
+
+class SearchReport(BaseModel):
+    """A search by `settings`: the blocks of its `groups`, and the number of the trial that was `chosen`."""
+
+    settings: Search
+    groups: list[list[int]]
+    chosen: int
+
+
 class DevPerplexity(BaseModel):
     """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text."""
 
@@ -94,7 +116,8 @@ class Verification(BaseModel):
 
 
 class CompressionReport(BaseModel):
-    """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`. `seconds` is wall
+    """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`; `search` are the
+    trials of a search, in order. `seconds` is wall
     time and `peak_rss_gb` the peak resident memory of the process (10^9 bytes); bits are defined in
     `serving/inspect.py`; `windows_sha256` is of the calibration tokens. Of several `processes` the peak is the largest
     one's, `windows_by_process` counts the calibration windows that each of them held."""
@@ -122,6 +145,8 @@ class CompressionReport(BaseModel):
     layers: list[LayerReport]
     tables: list[TableReport]
     tuning: list[TuningReport] = []
+    searched: SearchReport | None = None
+    search: list[SearchTrial] = []
     versions: dict[str, str]
     processes: int = 1
     windows_by_process: list[int] = []

@@ -15,7 +15,7 @@ from ..serving.linear import SelectingLinear, expand_linears
 from ..serving.storage import effective_weight, selection_of
 from ..serving.tables import Table
 from . import vocabulary, writer
-from .allocation import allocate, with_sparsities
+from .allocation import allocate, selecting_linears, with_sparsities
 from .blocks import BlockWalker
 from .calibration import Windows
 from .journal import Journal
@@ -119,7 +119,7 @@ class Run:
         walker, part = self.walker, part_name(index)
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
-            linears = self._linears_of(index)
+            linears = selecting_linears(walker, index, self.stages)
             first, others = self.dev_dense[:1], self.dev_dense[1:]  # none, where processes outnumber dev windows
             groups = input_groups(linears, lambda: self._propagate(index, block, first)) if first else []
             groups = self.world.shared(groups)
@@ -199,15 +199,6 @@ class Run:
             self._fill(index, block, packed)
         release_memory()
         return [report]
-
-    def _linears_of(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of block `index` to work on, those that will select their inputs ready to do so."""
-        linears = {n: m for n, m in self.walker.block_linears(index).items() if n in self.stages}
-        for name, linear in linears.items():
-            if self.stages[name].selection is not None:
-                linears[name] = SelectingLinear.like(linear)
-                self.walker.model.set_submodule(name, linears[name])
-        return linears
 
     def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
         """Replace the block's inputs in `stream` by its outputs."""

@@ -112,6 +112,8 @@ def with_removed(recipe: Recipe, removed: float) -> Recipe:
 
 def _with_removed(stage: StageConfig, removed: float, selecting: bool) -> StageConfig:
     if stage.selection is not None:
+        if stage.selection.profile:
+            raise InputError("selection.profile fixes what each linear reads, which leaves nothing to vary; remove it")
         varied = "sparsity" if stage.selection.truncation is None else "truncation"
         return stage.model_copy(update={"selection": stage.selection.model_copy(update={varied: removed})})
     if not selecting and getattr(stage, "density", None) is not None:

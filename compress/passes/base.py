@@ -44,6 +44,15 @@ class Split(NamedTuple):
     rank: int
 
 
+class LinearBudget(BaseModel):
+    """What one linear reads, where that is not what its stage says; see `SelectionSettings`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float = Field(gt=0, lt=1)
+    channels: float | None = Field(default=None, ge=0, le=1)
+
+
 class SelectionSettings(BaseModel):
     """Every token reads the inputs of a linear with the largest scores, so that it does not read the share `sparsity`
     of the weight's bytes; thresholds, norms and branch count as read.
@@ -56,7 +65,8 @@ class SelectionSettings(BaseModel):
     `channels` is the share of the bytes read that goes to inputs; the rest goes to a low-rank branch for the inputs
     that are not read, the truncated SVD of the `weight` or fitted to the unread `inputs` of the calibration. With
     `allocation: greedy` the linears of a block share its budget so that its outputs suffer least; `uniform` gives all
-    the same sparsity.
+    the same sparsity. `profile` has other sparsities and channels for linears, or for all linears of a module such as
+    `model.layers.3`; it is what a search leaves behind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +78,17 @@ class SelectionSettings(BaseModel):
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
     allocation: Literal["uniform", "greedy"] = "uniform"
+    profile: dict[str, LinearBudget] = Field(default_factory=dict)
+
+    def for_linear(self, name: str) -> SelectionSettings:
+        """These settings with what the profile says about linear `name`: its own entry, or the innermost module's."""
+        if not self.profile:
+            return self
+        within = [key for key in self.profile if name == key or name.startswith(f"{key}.")]
+        changes: dict[str, Any] = {"profile": {}}
+        if within:
+            changes |= self.profile[max(within, key=len)].model_dump(exclude_none=True)
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _compatible(self) -> SelectionSettings:
@@ -103,16 +124,20 @@ class SelectionSettings(BaseModel):
         With a truncation the inputs are all there are. Raises ValueError when norms and threshold alone are more than
         may be read.
         """
-        (n, k), norms = shape, self.score != "size"
-        beside = 32 + 32 * k * norms
-        plain = scheme.model_copy(update={"low_rank": None})
-        total = stored_bits(plain, shape, torch.bfloat16) - beside
+        total, beside = self.bits(shape, scheme)
         spent = (1 - self.sparsity) * total
         if spent < beside:
             raise ValueError(f"sparsity {self.sparsity:g} leaves no bytes for inputs beside their norms; lower it")
-        rank_bits = 16 * (n + k)
+        rank_bits = 16 * sum(shape)
         rank = min(round((1 - self.channels) * spent / rank_bits), int((spent - beside) / rank_bits))
         return Split((spent - beside - rank * rank_bits) / total, rank)
+
+    def bits(self, shape: tuple[int, int], scheme: LinearScheme) -> tuple[int, int]:
+        """Bits of the weight of a linear of `shape` `(N, K)`, of which `1 - sparsity` are read, and of what is always
+        read of it: threshold and norms."""
+        beside = 32 + 32 * shape[1] * (self.score != "size")
+        plain = self._beside(scheme, None)
+        return stored_bits(plain, shape, torch.bfloat16) - beside, beside
 
     def _beside(self, weight: LinearScheme, branch: LowRankScheme | None) -> LinearScheme:
         selection = SelectionScheme(norms=self.score != "size", threshold=self.threshold)

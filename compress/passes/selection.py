@@ -143,24 +143,37 @@ def _branch(
     if settings.branch == "weight":
         _, right = largest_singular(weight, rank)
         return right, weight @ right
-    hessian = _unread_hessian(inputs, selection, world)
-    if not bool(hessian.any()):  # nothing but zeros is left out, as after a ReLU
-        return weight.new_zeros(weight.shape[1], rank), weight.new_zeros(weight.shape[0], rank)
-    v = input_directions(weight, hessian, rank).to(dtype).float()
-    return v, fit_outputs(weight, hessian, v)
+    unread = UnreadInputs(weight)
+    unread.collect(inputs, selection, world)
+    return unread.branch(weight, rank, dtype)
 
 
-def _unread_hessian(inputs: Sequence[Tensor], selection: Selection, world: World) -> Tensor:
-    """X^T X / tokens `[K, K]` fp32 of what is not read."""
-    rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
-    total = rows[0].new_zeros((rows[0].shape[-1],) * 2, dtype=torch.float32)
+class UnreadInputs:
+    """Second moments of what a linear does not read of its inputs, for the branch fitted to them."""
 
-    def unread() -> Iterator[Tensor]:
-        for x in rows:
-            yield x.masked_fill(_read(scores(x, selection.norms), selection), 0)
+    def __init__(self, weight: Tensor) -> None:
+        self._total = weight.new_zeros((weight.shape[1],) * 2, dtype=torch.float32)
+        self._tokens = 0
 
-    add_grams(total, unread, world)
-    return mirror_upper(total).div_(world.total(sum(map(len, rows))))
+    def collect(self, inputs: Sequence[Tensor], selection: Selection, world: World = ALONE) -> None:
+        """Accumulate what `selection` leaves out of `inputs` `[..., K]`, those of all processes."""
+        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+
+        def unread() -> Iterator[Tensor]:
+            for x in rows:
+                yield x.masked_fill(_read(scores(x, selection.norms), selection), 0)
+
+        add_grams(self._total, unread, world)
+        self._tokens += world.total(sum(map(len, rows)))
+
+    def branch(self, weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`V` `[K, rank]`, rounded to `dtype`, and `U` `[N, rank]`, both fp32, for `weight` `[N, K]` fp32, the
+        directions that matter most first. Raises HessianError."""
+        hessian = mirror_upper(self._total).div_(max(1, self._tokens))
+        if not bool(hessian.any()):  # nothing but zeros is left out, as after a ReLU
+            return weight.new_zeros(weight.shape[1], rank), weight.new_zeros(weight.shape[0], rank)
+        v = input_directions(weight, hessian, rank).to(dtype).float()
+        return v, fit_outputs(weight, hessian, v)
 
 
 def _read(score: Tensor, selection: Selection) -> Tensor:

@@ -1,0 +1,1 @@
+"""Search for how a byte budget is divided: between blocks, and between inputs and branches."""
