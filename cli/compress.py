@@ -39,6 +39,8 @@ def compress(
     tuning_samples: options.TuningSamples = None,
     block_epochs: options.BlockEpochs = None,
     end_to_end_epochs: options.EndToEndEpochs = None,
+    search: options.Search = None,
+    search_trials: options.SearchTrials = None,
     target_ppl_increase: Annotated[
         float | None,
         typer.Option(
@@ -71,6 +73,8 @@ def compress(
         halfweight compress demo --recipe teal-50 --target-ppl-increase 5 --out smollm2-ppl5
 
         torchrun --nproc-per-node 8 -m halfweight compress ./my-llama --recipe gqsa-w4s50 --out my-w4s50
+
+        halfweight compress demo --recipe rsparse-50 --search evolution --out smollm2-searched
     """
     from ..compress.driver import compress_checkpoint
     from ..compress.memory import return_large_buffers
@@ -83,7 +87,7 @@ def compress(
         if world.size > 1 and target_ppl_increase is not None:
             raise InputError("--target-ppl-increase compresses many times, in one process; run it without torchrun")
         loaded = Recipe.load(recipe).with_calibration(data=calibration, samples=samples, seqlen=seqlen, seed=seed)
-        loaded = loaded.with_embeddings(embeddings)
+        loaded = loaded.with_embeddings(embeddings).with_search(search, search_trials)
         loaded = loaded.with_tuning(
             tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
         )
@@ -133,6 +137,10 @@ def show(report: CompressionReport) -> None:
     for rounded in report.tables:
         n, k = rounded.shape
         rows.add_row(f"{n} x {k} table", f"{rounded.name} as {rounded.numbers}, relative error {rounded.error:.1e}")
+    if report.searched is not None:
+        settings, best = report.searched.settings, report.search[report.searched.chosen]
+        change = f"{settings.objective} {report.search[0].objective:.4f} -> {best.objective:.4f} on dev windows"
+        rows.add_row("searched", f"{settings.method}, {len(report.search)} trials: {change}")
     for line in tuning_lines(report):
         rows.add_row(*line)
     rows.add_row(

@@ -48,6 +48,17 @@ BlockEpochs = Annotated[
 EndToEndEpochs = Annotated[
     int | None, typer.Option("--end-to-end-epochs", min=1, help="Passes over them end to end; overrides the recipe.")
 ]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        "--search",
+        metavar="METHOD",
+        help="How to search what selections read: none, evolution, tpe, cma or random; default: what the recipe says.",
+    ),
+]
+SearchTrials = Annotated[
+    int | None, typer.Option("--search-trials", min=2, help="Trials of the search; overrides the recipe.")
+]
 
 
 def names(text: str, option: str) -> list[str]:

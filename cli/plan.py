@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import options
 from .output import human_seconds, out, table, write_json
 
-STAGE_NAMES = {"compress": "compress", "block": "tune by block", "end_to_end": "tune end to end"}
+STAGE_NAMES = {"search": "search", "compress": "compress", "block": "tune by block", "end_to_end": "tune end to end"}
 
 
 def plan(
@@ -16,6 +16,8 @@ def plan(
     tuning_samples: options.TuningSamples = None,
     block_epochs: options.BlockEpochs = None,
     end_to_end_epochs: options.EndToEndEpochs = None,
+    search: options.Search = None,
+    search_trials: options.SearchTrials = None,
     json: options.Json = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -36,7 +38,7 @@ def plan(
     from ..compress.plan import plan as make_plan
     from ..compress.recipe import Recipe
 
-    loaded = Recipe.load(recipe).with_embeddings(embeddings)
+    loaded = Recipe.load(recipe).with_embeddings(embeddings).with_search(search, search_trials)
     loaded = loaded.with_tuning(
         tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
     )

@@ -23,6 +23,9 @@ from .outline import Outline, has_weights
 from .passes import StageConfig, needs_of
 from .recipe import Embeddings, Recipe
 from .sensitivity import GRADIENT_BATCHES
+from .search.config import Search
+from .search.fitness import GATHERED, TOP
+from .search.space import Space
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
@@ -47,14 +50,14 @@ class PlannedLayer(BaseModel):
 
 
 class PlannedStage(BaseModel):
-    """One stretch of the run: the passes (`compress`), or a stage of tuning; modelled.
+    """One stretch of the run: a `search`, the passes (`compress`), or a stage of tuning; modelled.
 
     In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
-    beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated or trained on,
-    repeats included.
+    beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated, tried or
+    trained on, repeats included.
     """
 
-    name: Literal["compress", "block", "end_to_end"]
+    name: Literal["search", "compress", "block", "end_to_end"]
     tokens: int
     device_gb: float
     host_gb: float
@@ -176,7 +179,8 @@ def _stages(
     )
     speed = matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
     bandwidth = _bandwidth(walker.device)
-    found = [
+    found = [] if recipe.search is None else [_search_stage(walker, recipe, recipe.search, stages, shapes, speed)]
+    found += [
         PlannedStage(
             name="compress",
             tokens=calibration.samples * calibration.seqlen,
@@ -203,6 +207,36 @@ def _stages(
             )
         )
     return found
+
+
+def _search_stage(
+    walker: BlockWalker,
+    recipe: Recipe,
+    search: Search,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+    speed: float,
+) -> PlannedStage:
+    """The dense model in memory, with branches and the activations of a trial; a forward pass for each of them."""
+    text, size = walker.model.config.get_text_config(), walker.dtype.itemsize
+    blocks = [{name: shapes[name] for name in walker.block_linears(index)} for index in range(walker.n_blocks)]
+    space = Space(search, stages, blocks)
+    branches = sum(space.largest_rank(member) * sum(member.shape) for member in space.members.values())
+    weights = sum(prod(shape) for shape in shapes.values())
+    head = text.vocab_size * text.hidden_size
+    calibration = recipe.calibration
+    gathered = min(calibration.samples, max(1, GATHERED // calibration.seqlen)) * calibration.seqlen
+    windows = search.samples * search.seqlen
+    tried = windows * (search.trials + 1)
+    activations = (gathered + 2 * windows) * text.hidden_size * size + windows * TOP * 12  # the dense predictions
+    return PlannedStage(
+        name="search",
+        tokens=tried,
+        device_gb=((weights + head + branches) * size + activations) / 1e9,
+        host_gb=BASE / 1e9,
+        disk_gb=0.0,
+        seconds=2.0 * (gathered * weights + tried * (weights + head)) / speed,
+    )
 
 
 def _planned_table(table: Table, settings: Embeddings) -> PlannedLayer:

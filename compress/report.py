@@ -32,7 +32,8 @@ class LayerReport(BaseModel):
     """One compressed linear `[N, K]`. `numbers` says how its weights are stored; `error` is
     ||y' - x W^T||^2 / ||x W^T||^2 of its outputs y' on held-out inputs x of the compressed model. `stats` are the
     solver's own numbers, such as the damping it needed, or the same error on the calibration inputs at its steps
-    (`error_...`); and of a linear that selects, the share of inputs read on the dev set beside the one aimed at."""
+    (`error_...`); and of a linear that selects, its `sparsity` and `channels`, and the share of inputs read on the dev
+    set beside the one aimed at."""
 
     name: str
     shape: tuple[int, int]

@@ -130,7 +130,7 @@ def _select(
         raise RunError(f"{name}: its branch is not finite in {stored}; set selection.channels to 1, or ignore it")
     packed = {suffix: tensor.to(linear.weight.device) for suffix, tensor in packed.items()}
     linear.selection = selection_of(scheme, packed)
-    read = {"inputs_read": selection.read_share(unseen, linear, world)}
+    read = {"inputs_read": selection.read_share(unseen, linear, world), "channels": settings.channels}
     if settings.truncation is None:
-        read["inputs_wanted"] = settings.split(shape, scheme).inputs
+        read |= {"inputs_wanted": settings.split(shape, scheme).inputs, "sparsity": settings.sparsity}
     return packed, read

@@ -35,6 +35,7 @@ class Layer(_File):
     numbers: str
     density: float
     error: float
+    stats: dict[str, float] = {}
 
 
 class Dev(_File):
@@ -55,10 +56,30 @@ class Check(_File):
 
 
 class SearchStep(_File):
-    """One step of a search in report.json: the objective it reached, and in words what it tried."""
+    """One step of a search in report.json: the objective it reached, in words what it tried, and of each group of
+    blocks the mean sparsity and channels."""
 
     objective: float
     detail: str = ""
+    sparsity: list[float] = []
+    channels: list[float] = []
+
+
+class Settings(_File):
+    """What a search in report.json was asked for."""
+
+    method: str
+    objective: str
+    samples: int
+    seqlen: int
+
+
+class Searched(_File):
+    """About a search in report.json: the blocks of its groups, and the step that was chosen."""
+
+    settings: Settings
+    groups: list[list[int]]
+    chosen: int = Field(ge=0)
 
 
 class Run(_File):
@@ -83,6 +104,7 @@ class Run(_File):
     verification: Check
     layers: list[Layer]
     versions: dict[str, str]
+    searched: Searched | None = None
     search: list[SearchStep] = []
 
 

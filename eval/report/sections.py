@@ -13,6 +13,10 @@ from .speed_section import smallest_batch
 
 _UNIFORM = 0.005  # what varies less is said in words
 _MOST_KINDS = 24  # rows of a heat map
+_SEARCHED = {
+    "sparsity": "Share of the bytes that tokens do not read of a block's linears, before and after the search.",
+    "channels": "Of the bytes that are read, the share that goes to inputs; the rest goes to the branch.",
+}
 
 
 def tiles(sources: Sources) -> list[Tile]:
@@ -141,6 +145,14 @@ def layers(sources: Sources) -> Section:
                 "Share of each linear's output energy that compression lost, on held-out inputs; the scale is below.",
             )
         )
+    unread = {
+        spots[layer.name]: layer.stats["sparsity"]
+        for layer in run.layers
+        if layer.name in spots and "sparsity" in layer.stats
+    }
+    if unread and mapped and max(unread.values()) - min(unread.values()) > _UNIFORM:
+        svg = charts.heat_map(names, blocks, unread, "share of bytes not read")
+        figures.append(Figure(svg, "Budget of each linear: the share of its bytes that a token does not read."))
     density = {spots[layer.name]: layer.density for layer in held if layer.name in spots}
     spread = max(density.values(), default=0.0) - min(density.values(), default=0.0)
     if spread > _UNIFORM and mapped:
@@ -202,16 +214,39 @@ def search(sources: Sources) -> Section | None:
     if not steps:
         return None
     best = [min(step.objective for step in steps[: i + 1]) for i in range(len(steps))]
-    svg = charts.profile(
-        {"tried": [step.objective for step in steps], "best so far": best}, "step", "objective", from_zero=False
-    )
+    about = sources.artifact.run.searched
+    objective = "objective" if about is None else about.settings.objective
+    tried = {"tried": [step.objective for step in steps], "best so far": best}
+    svg = charts.profile(tried, "step", objective, from_zero=False)
+    figures = [Figure(svg, "The objective on the dev set, step by step; lower is better.")]
+    text = []
+    if about is not None and about.chosen < len(steps):
+        given = about.settings
+        text.append(
+            f"{given.method}, {len(steps)} trials of {given.samples} x {given.seqlen} tokens; all of them read the same"
+            f" bytes. Trial {about.chosen} was chosen, trial 0 is the recipe as it was."
+        )
+        for title, start, chosen in (
+            ("sparsity", steps[0].sparsity, steps[about.chosen].sparsity),
+            ("channels", steps[0].channels, steps[about.chosen].channels),
+        ):
+            curves = {"start": _by_block(about.groups, start), "chosen": _by_block(about.groups, chosen)}
+            if curves["start"] and curves["chosen"] and start != chosen:
+                figures.append(Figure(charts.profile(curves, "block", title), _SEARCHED[title]))
     rows = [[str(i), f"{step.objective:.5g}", step.detail] for i, step in enumerate(steps)]
     return Section(
         "Search",
-        (),
-        [Figure(svg, "The objective on the dev set, step by step.")],
+        text,
+        figures,
         [Table("", ("step", "objective", "tried"), rows, 0, True)],
     )
+
+
+def _by_block(groups: list[list[int]], values: list[float]) -> list[float]:
+    """The group's value for every block, in order; none when the file does not say them all."""
+    if len(groups) != len(values):
+        return []
+    return [value for blocks, value in zip(groups, values, strict=True) for _ in blocks]
 
 
 def calibration(sources: Sources) -> Section:

@@ -1,0 +1,230 @@
+"""What tokens should read of a model's weights: methods of input selection side by side, at the same bytes.
+
+    python scripts/compare_selection.py MODEL --calibration C4.txt --text WIKITEXT.txt --windows 16 --out results/
+
+Compresses MODEL by each method at each level (the share of bytes that is not read), scores it on --text, and prints one
+table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has at
+the same level: 1 is TEAL, 0 the dense model. `random` is the control of the search: as many trials, spread evenly.
+Searches and thresholds see --calibration alone, and all but the first 1 % of each window's tokens select.
+
+Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
+on where it stopped, also within a cell; --report-only makes the table of the finished cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from halfweight import Recipe, compress_checkpoint
+from halfweight.cli.output import progress_bars
+from halfweight.eval.perplexity import evaluate
+from halfweight.serving.durable import write_text
+from halfweight.serving.sources import resolve_model
+
+_RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
+_GREEDY = {"allocation": "greedy"}
+
+# Method -> its selection, and how it searches.
+METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "teal": ({}, None),
+    "teal-greedy": (_GREEDY, None),
+    "wina": ({"score": "l2"}, None),
+    "rsparse": (_RSPARSE, None),
+    "rsparse-searched": (_RSPARSE, "evolution"),
+    "rsparse-random": (_RSPARSE, "random"),
+    # Beyond the defaults.
+    "rsparse-tpe": (_RSPARSE, "tpe"),
+    "rsparse-cma": (_RSPARSE, "cma"),
+    "rsparse-inputs": ({**_RSPARSE, "branch": "inputs"}, None),
+    "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, "evolution"),
+    "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
+    "teal-searched": ({}, "evolution"),
+    "teal-greedy-searched": (_GREEDY, "evolution"),
+    "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
+}
+DEFAULT = ("teal", "teal-greedy", "wina", "rsparse", "rsparse-searched", "rsparse-random")
+BASELINE = "teal"
+
+Cell = dict[str, Any]
+console = Console()
+
+
+def recipe_of(method: str, level: int, settings: Mapping[str, Any]) -> Recipe:
+    """`method` at `level` %, calibrated and searched as `settings` say."""
+    selection, search = METHODS[method]
+    calibration = {
+        "data": settings["calibration"],
+        "samples": settings["samples"],
+        "seqlen": settings["calibration_seqlen"],
+        "seed": settings["seed"],
+    }
+    stage = {"pass": "keep", "selection": {"sparsity": level / 100, **selection}}
+    data: dict[str, Any] = {"name": f"{method}-{level}", "calibration": calibration, "stages": [stage]}
+    if search is not None:
+        data["search"] = {
+            "method": search,
+            "trials": settings["trials"],
+            "samples": settings["search_samples"],
+            "seqlen": settings["search_seqlen"],
+            "seed": settings["seed"],
+        }
+    return Recipe.parse(data)
+
+
+def run_cell(model: str, method: str, level: int, settings: Mapping[str, Any], out: Path, keep: bool) -> Cell:
+    """Compress and score one cell, or take it from its file."""
+    file = out / f"{method}-{level}.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    artifact = out / f"{method}-{level}"
+    console.print(f"{method} at {level} %", highlight=False)
+    with progress_bars() as progress:
+        report = compress_checkpoint(
+            model,
+            recipe_of(method, level, settings),
+            artifact,
+            overwrite=True,
+            dtype=settings["dtype"],
+            progress=progress,
+        )
+    cell = {
+        "method": method,
+        "level": level,
+        **scored(artifact, settings),
+        "dev_perplexity": report.dev.compressed,
+        "seconds": report.seconds,
+        "search": [trial.objective for trial in report.search],
+    }
+    write_text(file, json.dumps(cell, indent=2) + "\n")
+    if not keep:
+        shutil.rmtree(artifact)
+    return cell
+
+
+def dense_cell(model: str, settings: Mapping[str, Any], out: Path) -> Cell:
+    """The dense model's score, or what its file says."""
+    file = out / "dense.json"
+    if not file.is_file():
+        write_text(file, json.dumps(scored(model, settings), indent=2) + "\n")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def scored(folder: str | Path, settings: Mapping[str, Any]) -> Cell:
+    """Perplexity of a checkpoint, and what its selecting linears read."""
+    result = evaluate(
+        folder, settings["text"], windows=settings["windows"], seqlen=settings["seqlen"], dtype=settings["dtype"]
+    )
+    kept = ("perplexity", "standard_error", "tokens", "sparse_tokens", "bytes_read_fraction")
+    return {name: getattr(result, name) for name in kept}
+
+
+def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
+    """The cells with the `share` of the baseline's increase in log perplexity over dense, where it was measured."""
+
+    def increase(cell: Cell) -> float:
+        return math.log(cell["perplexity"] / dense["perplexity"])
+
+    baseline = {cell["level"]: increase(cell) for cell in cells if cell["method"] == BASELINE}
+    return [
+        {**cell, "share": increase(cell) / baseline[cell["level"]] if baseline.get(cell["level"]) else None}
+        for cell in cells
+    ]
+
+
+def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> None:
+    """One table, a block of rows per level."""
+    about = (
+        f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
+    )
+    rows = Table(title=f"{settings['model']}: {about}", title_justify="left")
+    headers = ("level", "method", "perplexity", "share of TEAL's increase", "bytes read", "trials", "seconds")
+    for number, header in enumerate(headers):
+        rows.add_column(header, justify="left" if number == 1 else "right")
+    for level in dict.fromkeys(cell["level"] for cell in cells):
+        alike = [cell for cell in cells if cell["level"] == level]
+        for cell in alike:
+            best = cell["perplexity"] == min(other["perplexity"] for other in alike)
+            rows.add_row(
+                f"{level} %",
+                cell["method"],
+                f"{cell['perplexity']:.3f}",
+                "-" if cell["share"] is None else f"{cell['share']:.3f}",
+                f"{cell['bytes_read_fraction']:.4f}",
+                str(len(cell["search"])) if cell["search"] else "-",
+                f"{cell['seconds']:.0f}",
+                style="bold" if best else None,
+            )
+        rows.add_section()
+    console.print(rows)
+
+
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder whose cells are of other settings."""
+    file, text = out / "settings.json", json.dumps(settings, indent=2) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{out}: holds cells of another model, text or settings; choose another --out")
+    write_text(file, text)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a dense checkpoint: a folder, a hub id, a GGUF file or demo")
+    parser.add_argument("--calibration", required=True, help="text to calibrate and search on")
+    parser.add_argument("--text", required=True, help="text to score on, which nothing else sees")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the cells")
+    parser.add_argument("--levels", type=int, nargs="+", default=[40, 50, 65], help="%% of the bytes not read")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(DEFAULT),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}",
+    )
+    parser.add_argument("--windows", type=int, help="windows to score (default: all)")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens per scored window")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--calibration-seqlen", type=int, default=1024, help="tokens per calibration window")
+    parser.add_argument("--trials", type=int, default=64, help="trials of every search")
+    parser.add_argument("--search-samples", type=int, default=4, help="dev windows per trial")
+    parser.add_argument("--search-seqlen", type=int, default=512, help="tokens per dev window")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows and the searches")
+    parser.add_argument("--dtype", default="auto", help="compute dtype, as of halfweight compress and eval")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    parser.add_argument("--report-only", action="store_true", help="make the table of the finished cells")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments(given)
+    names = ("calibration", "text", "windows", "seqlen", "samples", "calibration_seqlen", "trials")
+    names += ("search_samples", "search_seqlen", "seed", "dtype")
+    settings = {"model": options.model, **{name: getattr(options, name) for name in names}}
+    check_settings(options.out, settings)
+    folder = str(resolve_model(options.model).path)
+    dense = dense_cell(folder, settings, options.out)
+    cells = [
+        run_cell(folder, method, level, settings, options.out, options.keep)
+        for level in options.levels
+        for method in options.methods
+        if not options.report_only or (options.out / f"{method}-{level}.json").is_file()
+    ]
+    cells = with_shares(cells, dense)
+    show(cells, dense, settings)
+    if options.json is not None:
+        write_text(options.json, json.dumps({"settings": settings, "dense": dense, "cells": cells}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
