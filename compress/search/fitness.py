@@ -29,6 +29,7 @@ from ..allocation import error_curves, selecting_linears
 from ..blocks import BlockWalker, batch_size
 from ..memory import release_memory
 from ..passes import StageConfig
+from ..passes.base import Split
 from ..passes.hessian import HessianError
 from ..passes.low_rank import largest_singular
 from ..passes.selection import UnreadInputs, column_norms, scores
@@ -68,11 +69,11 @@ class Fitness:
         self._embedded = torch.cat(walker.embed(self._windows))
         self._teacher: list[tuple[Tensor, Tensor]] = []
         self._gathered: dict[str, _Gathered] = {}
-        self._budgets: Mapping[str, Budget] = {}
+        self._splits: dict[str, Split] = {}
 
     @torch.no_grad()
     def __call__(self, budgets: Mapping[str, Budget]) -> float:
-        self._budgets = budgets
+        self._splits = {name: self._space.members[name].split(budget) for name, budget in budgets.items()}
         losses = []
         for number, (targets, logits) in enumerate(self._logits()):
             if self._perplexity:
@@ -168,7 +169,7 @@ class Fitness:
     def _forward(self, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
         """What the linear makes of `x` `[..., T, K]` by its budget; the first tokens of a window read everything, as
         when models are scored."""
-        share, rank = self._space.members[name].split(self._budgets[name])
+        share, rank = self._splits[name]
         stored, v, u = self._gathered[name]
         first = self._dense_tokens if x.ndim == 3 else 0  # where windows are flattened, all tokens select
         head, tail = x[..., :first, :], x[..., first:, :]
