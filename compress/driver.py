@@ -36,8 +36,7 @@ from .report import (
     silent,
 )
 from .run import Run
-from .search.run import search
-from .search.strategies import require
+from .search.run import search, space_of
 from .world import ALONE, World
 
 
@@ -81,8 +80,7 @@ def compress_checkpoint(
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
-    if recipe.search is not None:
-        require(recipe.search)
+    space = None if recipe.search is None else space_of(walker, recipe.search, stages)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
     with _work_folder(out, overwrite, world) as partial:
@@ -108,8 +106,8 @@ def compress_checkpoint(
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(partial, identity, fresh, world)
         searched = None
-        if recipe.search is not None:
-            searched = search(walker, recipe, stages, windows, journal, progress)
+        if space is not None:
+            searched = search(walker, recipe, space, stages, windows, journal, progress)
             recipe = searched.recipe
             stages = recipe.resolve(shapes)
             release_memory()

@@ -25,7 +25,7 @@ from .recipe import Embeddings, Recipe
 from .sensitivity import GRADIENT_BATCHES
 from .search.config import Search
 from .search.fitness import GATHERED, TOP
-from .search.space import Space
+from .search.run import space_of
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
@@ -218,9 +218,7 @@ def _search_stage(
     speed: float,
 ) -> PlannedStage:
     """The dense model in memory, with branches and the activations of a trial; a forward pass for each of them."""
-    text, size = walker.model.config.get_text_config(), walker.dtype.itemsize
-    blocks = [{name: shapes[name] for name in walker.block_linears(index)} for index in range(walker.n_blocks)]
-    space = Space(search, stages, blocks)
+    text, size, space = walker.model.config.get_text_config(), walker.dtype.itemsize, space_of(walker, search, stages)
     branches = sum(space.largest_rank(member) * sum(member.shape) for member in space.members.values())
     weights = sum(prod(shape) for shape in shapes.values())
     head = text.vocab_size * text.hidden_size

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ...serving.errors import RunError
@@ -15,9 +16,10 @@ from ..journal import Journal
 from ..passes import StageConfig
 from ..recipe import Recipe
 from ..report import OnProgress, Progress, SearchReport, SearchTrial
-from .fitness import Curves, Fitness, open_fitness
+from .config import Search
+from .fitness import Fitness, open_fitness
 from .space import Budget, Space, profile_of
-from .strategies import strategy
+from .strategies import Point, require, strategy
 
 _TRIAL, _RESULT = "trial", "search"
 
@@ -31,77 +33,76 @@ class Searched:
     trials: list[SearchTrial]
 
 
+def space_of(walker: BlockWalker, settings: Search, stages: Mapping[str, StageConfig]) -> Space:
+    """What a search chooses from; InputError when nothing varies, or a package that the method needs is missing."""
+    require(settings)
+    shapes = walker.linear_shapes()
+    blocks = [{name: shapes[name] for name in walker.block_linears(index)} for index in range(walker.n_blocks)]
+    return Space(settings, stages, blocks)
+
+
 def search(
     walker: BlockWalker,
     recipe: Recipe,
+    space: Space,
     stages: Mapping[str, StageConfig],
     windows: Windows,
     journal: Journal,
     progress: OnProgress,
 ) -> Searched:
-    """Try what `recipe.search` asks for; every trial is durable in the `journal` before the next begins.
+    """Try what the `recipe` asks for in its `space`; every trial is durable in the `journal` before the next begins.
 
     Trials found there are not made again: the strategy is told their objectives and proposes the same points, as it
-    depends on nothing else. Raises InputError when there is nothing to vary, RunError when the journal holds other
-    points than the strategy proposes.
+    depends on nothing else. Raises RunError when the journal holds other points than the strategy proposes.
     """
-    settings = recipe.search
-    assert settings is not None  # the caller has looked
-    shapes = walker.linear_shapes()
-    blocks = [{name: shapes[name] for name in walker.block_linears(index)} for index in range(walker.n_blocks)]
-    space = Space(settings, stages, blocks)
-    trials: list[SearchTrial] = []
-    held = journal.notes(_TRIAL)
-    finished = journal.notes(_RESULT)
-    curves: Curves = {}
-
-    def say(detail: str) -> None:
-        progress(Progress("search", len(trials), settings.trials, detail))
-
+    settings = space.settings
     with ExitStack() as opened:
-        fitness: Fitness | None = None
-        steps = strategy(settings, space.size)
-        point = next(steps)
-        while True:
-            number = len(trials)
-            if number < len(held):
-                trial = SearchTrial.model_validate(held[number])
-                if trial.point != point:
-                    raise RunError(
-                        f"{journal.folder}: another version of the search made trial {number}; pass --fresh to start it"
-                        " again"
-                    )
-            else:
-                if fitness is None:
-                    fitness = opened.enter_context(
-                        open_fitness(walker, space, stages, windows.calibration, windows.search, say)
-                    )
-                    curves = fitness.curves
-                begin = time.monotonic()
-                budgets = space.budgets(point, curves)
-                objective = fitness(budgets)
-                seconds = time.monotonic() - begin
-                start = trials[0].objective if trials else objective
-                trial = _trial(space, point, budgets, objective, start, seconds)
-                journal.note(_TRIAL, trial.model_dump())
-            trials.append(trial)
-            best = min(trials, key=lambda trial: trial.objective)
-            say(f"{settings.objective} {trials[0].objective:.4f} -> {best.objective:.4f}")
-            if len(trials) == settings.trials:
-                break
-            point = steps.send(trial.objective)
-        chosen = trials.index(best)
-        if not finished:
-            if fitness is None:  # interrupted after the last trial: the curves are all that is missing
-                fitness = opened.enter_context(
-                    open_fitness(walker, space, stages, windows.calibration, windows.search, say)
-                )
-            found = _with_profiles(recipe, walker, space.budgets(best.point, fitness.curves))
+
+        @cache
+        def fitness() -> Fitness:
+            """The model, loaded when there is something to try."""
+
+            def say(detail: str) -> None:
+                progress(Progress("search", len(journal.notes(_TRIAL)), settings.trials, detail))
+
+            model = open_fitness(walker, space, stages, windows.calibration, windows.search, say)
+            return opened.enter_context(model)
+
+        trials = _try_all(space, journal, fitness, progress)
+        objectives = [trial.objective for trial in trials]
+        chosen = objectives.index(min(objectives))
+        if not journal.notes(_RESULT):
+            found = _with_profiles(recipe, walker, space.budgets(trials[chosen].point, fitness().curves))
             journal.note(_RESULT, {"stages": [stage.model_dump(mode="json", by_alias=True) for stage in found.stages]})
-            finished = journal.notes(_RESULT)
     data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
-    result = Recipe.parse({**data, "search": None, "stages": finished[0]["stages"]})
+    result = Recipe.parse({**data, "search": None, "stages": journal.notes(_RESULT)[0]["stages"]})
     return Searched(result, SearchReport(settings=settings, groups=space.groups, chosen=chosen), trials)
+
+
+def _try_all(space: Space, journal: Journal, fitness: Callable[[], Fitness], progress: OnProgress) -> list[SearchTrial]:
+    """Every trial, in order: from the journal those it holds, the others made and noted there."""
+    settings, held = space.settings, journal.notes(_TRIAL)
+    steps = strategy(settings, space.size)
+    point = next(steps)
+    trials: list[SearchTrial] = []
+    while True:
+        number = len(trials)
+        if number < len(held):
+            trial = SearchTrial.model_validate(held[number])
+            if trial.point != point:
+                raise RunError(
+                    f"{journal.folder}: another version of the search made trial {number}; pass --fresh to begin again"
+                )
+        else:
+            trial = _try(space, point, fitness(), trials[0].objective if trials else None)
+            journal.note(_TRIAL, trial.model_dump())
+        trials.append(trial)
+        best = min(trial.objective for trial in trials)
+        detail = f"{settings.objective} {trials[0].objective:.4f} -> {best:.4f}"
+        progress(Progress("search", len(trials), settings.trials, detail))
+        if len(trials) == settings.trials:
+            return trials
+        point = steps.send(trial.objective)
 
 
 def _with_profiles(recipe: Recipe, walker: BlockWalker, budgets: Mapping[str, Budget]) -> Recipe:
@@ -115,25 +116,31 @@ def _with_profiles(recipe: Recipe, walker: BlockWalker, budgets: Mapping[str, Bu
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 
-def _trial(
-    space: Space, point: list[float], budgets: Mapping[str, Budget], objective: float, start: float, seconds: float
-) -> SearchTrial:
-    sparsity, channels = [], []
-    for blocks in space.groups:
-        members = {name: member for name, member in space.members.items() if member.block in blocks}
-        bits = sum(member.bits for member in members.values())
-        means = (
-            sum(member.bits * share for member, share in zip(members.values(), shares, strict=True)) / bits
-            for shares in zip(*(budgets[name] for name in members), strict=True)
-        )
-        for column, mean in zip((sparsity, channels), means, strict=True):
-            column.append(mean)
-    change = objective / start - 1 if start else 0.0
-    words = f"{change:+.1%} of the start; sparsity {_range(sparsity)}"
-    words += f", channels {_range(channels)}" if min(channels) < 1 else ""
+def _try(space: Space, point: Point, fitness: Fitness, start: float | None) -> SearchTrial:
+    """One trial; `start` is the first one's objective, if this is not it."""
+    begin = time.monotonic()
+    budgets = space.budgets(point, fitness.curves)
+    objective = fitness(budgets)
+    means = [_mean(space, budgets, blocks) for blocks in space.groups]
+    sparsity, channels = [mean.sparsity for mean in means], [mean.channels for mean in means]
+    words = f"{objective / start - 1:+.1%} of the start; " if start else ""
+    words += f"sparsity {_range(sparsity)}" + (f", channels {_range(channels)}" if min(channels) < 1 else "")
     return SearchTrial(
-        objective=objective, detail=words, point=point, sparsity=sparsity, channels=channels, seconds=seconds
+        objective=objective,
+        detail=words,
+        point=point,
+        sparsity=sparsity,
+        channels=channels,
+        seconds=time.monotonic() - begin,
     )
+
+
+def _mean(space: Space, budgets: Mapping[str, Budget], blocks: Sequence[int]) -> Budget:
+    """The mean budget of the linears in `blocks`, weighed by their bits."""
+    bits = {name: member.bits for name, member in space.members.items() if member.block in blocks}
+    total = sum(bits.values())
+    sparsity, channels = (sum(bits[name] * budgets[name][i] for name in bits) / total for i in range(2))
+    return Budget(sparsity, channels)
 
 
 def _range(values: list[float]) -> str:

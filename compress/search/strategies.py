@@ -79,7 +79,7 @@ def random(settings: Search, size: int) -> Strategy:
 
 def _sampler(settings: Search, size: int) -> Strategy:
     """A sampler of the package optuna: tree-structured Parzen estimators (Bergstra et al. 2011) over all coordinates
-    together, or CMA-ES (Hansen 2016, arXiv 1604.00772) from the start."""
+    together, or CMA-ES (Hansen 2016, arXiv 1604.00772), which begins in the middle by itself."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -90,7 +90,7 @@ def _sampler(settings: Search, size: int) -> Strategy:
         if settings.method == "tpe":
             sampler = optuna.samplers.TPESampler(seed=settings.seed, multivariate=True)
         else:
-            sampler = optuna.samplers.CmaEsSampler(x0=start, sigma0=0.15, seed=settings.seed)
+            sampler = optuna.samplers.CmaEsSampler(seed=settings.seed)
         study = optuna.create_study(sampler=sampler)
     study.enqueue_trial(start)
     while True:

@@ -35,7 +35,7 @@ class Layer(_File):
     numbers: str
     density: float
     error: float
-    stats: dict[str, float] = {}
+    stats: dict[str, float | None] = {}  # what is no number is null in JSON
 
 
 class Dev(_File):

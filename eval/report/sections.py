@@ -146,9 +146,9 @@ def layers(sources: Sources) -> Section:
             )
         )
     unread = {
-        spots[layer.name]: layer.stats["sparsity"]
+        spots[layer.name]: share
         for layer in run.layers
-        if layer.name in spots and "sparsity" in layer.stats
+        if layer.name in spots and (share := layer.stats.get("sparsity")) is not None
     }
     if unread and mapped and max(unread.values()) - min(unread.values()) > _UNIFORM:
         svg = charts.heat_map(names, blocks, unread, "share of bytes not read")
