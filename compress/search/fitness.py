@@ -22,9 +22,6 @@ from ...eval.selection import dense_tokens_of
 from ...serving.errors import RunError
 from ...serving.linear import SelectingLinear
 from ...serving.storage import Selection
-from ...triton_kernels.formats.bits import from_bits, to_bits
-from ...triton_kernels.formats.input_select import InputSelection
-from ...triton_kernels.input_select import reference
 from ..allocation import error_curves, selecting_linears
 from ..blocks import BlockWalker, batch_size
 from ..memory import release_memory
@@ -43,12 +40,12 @@ Curves = dict[int, dict[str, dict[float, float]]]
 GATHERED = 8192  # calibration tokens that branches and error curves are gathered on, at most
 TOP = 128  # of the dense model's most likely tokens; the others are taken together
 _LOGITS = 2**22  # that exist at once, fp32
-_ROWS = 256  # inputs that a threshold is found on
+_ROWS = 128  # inputs that a threshold is found on
 _WORST = 1e9  # in place of an objective that is no number
 
 
 class _Gathered(NamedTuple):
-    """Of one linear: the norms in its scores, as stored, and the columns of its largest branch."""
+    """Of one linear: the norms in its scores, and the columns of its largest branch."""
 
     norms: Tensor | None
     v: Tensor | None
@@ -153,9 +150,8 @@ class Fitness:
     def _gather_one(self, name: str, linear: nn.Linear, unread: UnreadInputs | None) -> _Gathered:
         member, weight, dtype = self._space.members[name], linear.weight.float(), linear.weight.dtype
         norms, rank = column_norms(weight, member.settings.score), self._space.largest_rank(member)
-        stored = None if norms is None else to_bits(norms)[None]
         if not rank:
-            return _Gathered(stored, None, None)
+            return _Gathered(norms, None, None)
         if unread is None:
             v = largest_singular(weight, rank)[1]
             u = weight @ v
@@ -164,21 +160,20 @@ class Fitness:
                 v, u = unread.branch(weight, rank, dtype)
             except HessianError as unusable:
                 raise RunError(f"{name}: {unusable} (of the inputs that are not read)") from None
-        return _Gathered(stored, v.to(dtype), u.to(dtype))
+        return _Gathered(norms, v.to(dtype), u.to(dtype))
 
     def _forward(self, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
         """What the linear makes of `x` `[..., T, K]` by its budget; the first tokens of a window read everything, as
         when models are scored."""
         share, rank = self._splits[name]
-        stored, v, u = self._gathered[name]
+        norms, v, u = self._gathered[name]
         first = self._dense_tokens if x.ndim == 3 else 0  # where windows are flattened, all tokens select
-        head, tail = x[..., :first, :], x[..., first:, :]
-        norms = None if stored is None else from_bits(stored)[0]
-        threshold = to_bits(torch.tensor([_threshold(tail, norms, share)], device=x.device))
-        branch = (None, None) if v is None or u is None or not rank else (v[None, :, :rank], u[:, :rank])
-        selection = InputSelection(threshold, stored, *branch)
-        selected = reference.linear(tail, linear.weight.T, selection, linear.bias)
-        return torch.cat([nn.functional.linear(head, linear.weight, linear.bias), selected], dim=-2)
+        least = torch.tensor([_threshold(x[..., first:, :], norms, share)], device=x.device)
+        read = x.abs() > (least if norms is None else least / norms)
+        read[..., :first, :] = True
+        kept = torch.where(read, x, 0)
+        y = nn.functional.linear(kept, linear.weight, linear.bias)
+        return y if v is None or u is None or not rank else y + (x - kept) @ v[:, :rank] @ u[:, :rank].T
 
 
 @contextmanager
