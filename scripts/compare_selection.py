@@ -148,7 +148,7 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
     rows = Table(title=f"{settings['model']}: {about}", title_justify="left")
     headers = ("level", "method", "perplexity", "share of TEAL's increase", "bytes read", "trials", "seconds")
     for number, header in enumerate(headers):
-        rows.add_column(header, justify="left" if number == 1 else "right")
+        rows.add_column(header, justify="left" if number == 1 else "right", no_wrap=number == 1)
     for level in dict.fromkeys(cell["level"] for cell in cells):
         alike = [cell for cell in cells if cell["level"] == level]
         for cell in alike:
