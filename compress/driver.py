@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,28 +84,13 @@ def compress_checkpoint(
     space = None if recipe.search is None else space_of(walker, recipe.search, stages)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
-    with _work_folder(out, overwrite, world) as partial:
-
-        def load() -> Windows:
-            with writer.no_empty_leftover(partial):
-                writer.require_space(partial, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
-                tokenizer = load_tokenizer(source.path)
-                samples = 0 if recipe.tuning is None else recipe.tuning.samples or 0
-                return load_windows(
-                    recipe.calibration,
-                    tokenizer,
-                    source.path,
-                    walker.max_length,
-                    tuning=samples,
-                    search=recipe.search,
-                )
-
-        windows = shared_windows(world, load)
+    with _work_folder(out, overwrite, world) as work:
+        windows = shared_windows(world, partial(_load, checkpoint, recipe, walker, work))
         release_memory()
         settings = (recipe.to_yaml(), str(walker.dtype), where.type)
         tokens = [*windows.all, *windows.dev, *windows.search]
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
-        journal = Journal(partial, identity, fresh, world)
+        journal = Journal(work, identity, fresh, world)
         searched = None
         if space is not None:
             searched = search(walker, recipe, space, stages, windows, journal, progress)
@@ -122,17 +108,17 @@ def compress_checkpoint(
             heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}
             scheme = scheme.model_copy(update={"linears": {**scheme.linears, **heads}, "embedding": integers})
         if world.leads:
-            _assemble(partial, walker, scheme, recipe, parts)
+            _assemble(work, walker, scheme, recipe, parts)
         world.meet()
         release_memory()
         progress(Progress("verify", 0, 1))
-        verification, compressed_losses = run.verify(partial)
+        verification, compressed_losses = run.verify(work)
         dense_losses = walker.losses(run.dev_dense, run.windows.dev)
         losses = _by_window(dense_losses, world), _by_window(compressed_losses, world)
         calibrated, memory = world.gathered(run.calibrated), world.gathered(peak_rss_gb())
         if not world.leads:
             return CompressionReport.model_validate(world.shared({}))
-        inspection = inspect_checkpoint(partial)
+        inspection = inspect_checkpoint(work)
         report = CompressionReport(
             model=source.name,
             note=source.note,
@@ -171,8 +157,8 @@ def compress_checkpoint(
         )
         if fingerprint(checkpoint, tokens, *settings) != identity:
             raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
-        write_text(partial / "report.json", report.model_dump_json(indent=2) + "\n")
-        writer.publish(partial, out)
+        write_text(work / "report.json", report.model_dump_json(indent=2) + "\n")
+        writer.publish(work, out)
         for name in (*journal.parts, writer.JOURNAL):
             (out / name).unlink()
         progress(Progress("verify", 1, 1))
@@ -208,6 +194,8 @@ def _require_shareable(recipe: Recipe, world: World) -> None:
             f"recipe {recipe.name}: tuning does not spread over {world.size} processes; add --tuning none, or run it"
             " without torchrun"
         )
+    if world.size > 1 and recipe.search is not None:
+        raise InputError(f"recipe {recipe.name}: search does not spread over {world.size} processes; run it alone")
 
 
 def _require_same(checkpoint: Checkpoint, world: World) -> None:
@@ -216,6 +204,20 @@ def _require_same(checkpoint: Checkpoint, world: World) -> None:
     if world.shared(seen) != seen:
         raise InputError(
             f"{checkpoint.path}: is another model than rank 0 has there; copy it anew, or share the folder"
+        )
+
+
+def _load(checkpoint: Checkpoint, recipe: Recipe, walker: BlockWalker, work: Path) -> Windows:
+    """All windows that `recipe` asks for, once there is room for what will be written into `work`."""
+    with writer.no_empty_leftover(work):
+        writer.require_space(work, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+        return load_windows(
+            recipe.calibration,
+            load_tokenizer(checkpoint.path),
+            checkpoint.path,
+            walker.max_length,
+            tuning=0 if recipe.tuning is None else recipe.tuning.samples or 0,
+            search=recipe.search,
         )
 
 

@@ -22,10 +22,10 @@ from .calibration import check_context, dev_windows
 from .outline import Outline, has_weights
 from .passes import StageConfig, needs_of
 from .recipe import Embeddings, Recipe
-from .sensitivity import GRADIENT_BATCHES
 from .search.config import Search
 from .search.fitness import GATHERED, TOP
 from .search.run import space_of
+from .sensitivity import GRADIENT_BATCHES
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 

@@ -67,6 +67,7 @@ class Space:
             for name, shape in shapes.items():
                 selection = stages[name].selection if name in stages else None
                 if selection is not None:
+                    _require_searchable(name, selection)
                     self.members[name] = _member(index, shape, selection, stages[name])
         used = sorted({member.block for member in self.members.values()})
         count = min(settings.groups, len(used))
@@ -172,6 +173,15 @@ def profile_of(
         profile |= {name: LinearBudget(**budget._asdict()) for name, budget in inside.items()}
     selection = stage.selection.model_copy(update={"profile": profile, "allocation": "uniform"})
     return stage.model_copy(update={"selection": selection})
+
+
+def _require_searchable(name: str, selection: SelectionSettings) -> None:
+    """Raise InputError for selections that a trial does not measure as they will run."""
+    for field, value in (("truncation", None), ("threshold", "fixed")):
+        if getattr(selection, field) != value:
+            raise InputError(f"search: {name}: selection.{field} is not searched; remove it, or the search")
+    if selection.score == "gradient":
+        raise InputError(f"search: {name}: selection.score: gradient is not searched; use l2, or remove the search")
 
 
 def _member(block: int, shape: tuple[int, int], selection: SelectionSettings, stage: StageConfig) -> Member:
