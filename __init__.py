@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compress.recipe import Recipe
     from .compress.report import CompressionReport
     from .compress.sparsity_sweep import sweep
+    from .compress.verify import verify_checkpoint
     from .eval.compare import compare
     from .eval.perplexity import evaluate
     from .eval.tasks import evaluate_tasks
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "resolve_model",
     "sweep",
+    "verify_checkpoint",
     "warmup",
 ]
 
@@ -79,6 +81,7 @@ _HOME = {
     "plan": "compress.plan",
     "resolve_model": "serving.sources",
     "sweep": "compress.sparsity_sweep",
+    "verify_checkpoint": "compress.verify",
     "warmup": "serving.warmup",
 }
 

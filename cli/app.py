@@ -21,6 +21,7 @@ from .plan import plan
 from .recipes import recipes
 from .report import report
 from .sweep import sweep
+from .verify import verify
 
 app = typer.Typer(
     name="halfweight",
@@ -61,6 +62,7 @@ app.command()(report)
 app.command()(compare)
 app.command()(sweep)
 app.command()(inspect)
+app.command()(verify)
 app.command()(generate)
 app.command()(export)
 app.command()(delta)

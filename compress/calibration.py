@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,13 +29,15 @@ _CHARACTERS_PER_TOKEN = 8  # generous, to know how much of a hub dataset to read
 @dataclass(frozen=True)
 class Windows:
     """Token ids `[L]`, int64: `calibration`; `dev`, never calibrated on; the text had `text_tokens`. `tuning` are the
-    windows beyond the calibration's that tuning asked for, `search` those of the dev set that a search tries on."""
+    windows beyond the calibration's that tuning asked for, `search` those of the dev set that a search tries on.
+    `text_sha256` is of the text, if there was one."""
 
     calibration: list[Tensor]
     dev: list[Tensor]
     text_tokens: int
     tuning: list[Tensor] = field(default_factory=list)
     search: list[Tensor] = field(default_factory=list)
+    text_sha256: str | None = None
 
     @property
     def all(self) -> list[Tensor]:
@@ -80,8 +83,9 @@ def load_windows(
         found = self_windows(settings, model, bos, tuning)
         held_out = torch.cat(found.dev)
     else:
-        tokens = tokenize(tokenizer, _text(settings))
-        found = text_windows(tokens, settings, bos, tuning)
+        text = load_text(settings)
+        tokens = tokenize(tokenizer, text)
+        found = replace(text_windows(tokens, settings, bos, tuning), text_sha256=text_hash(text))
         held_out = tokens[_dev_start(tokens) :]
     return found if search is None else replace(found, search=search_windows(held_out, search, bos, max_length))
 
@@ -110,7 +114,8 @@ def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
             f"{len(windows['calibration'])} calibration windows for {world.size} processes; use --samples"
             f" {world.size} or more, or fewer processes"
         )
-    return Windows(text_tokens=world.shared(found.text_tokens), **windows)
+    text_tokens, text_sha256 = world.shared([found.text_tokens, found.text_sha256])
+    return Windows(text_tokens=text_tokens, text_sha256=text_sha256, **windows)
 
 
 def check_context(settings: Calibration, max_length: int | None) -> None:
@@ -189,7 +194,13 @@ def _dev_start(tokens: Tensor) -> int:
     return len(tokens) * CALIBRATION_PERCENT // 100
 
 
-def _text(settings: Calibration) -> str:
+def text_hash(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_text(settings: Calibration) -> str:
+    """The text that `settings.data` names: a file's, the built-in one, or a hub dataset's. Raises InputError."""
     if settings.data == "builtin":
         return builtin_text("calibration")
     path = Path(settings.data)

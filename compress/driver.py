@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
 from ..serving.errors import InputError, RunError
 from ..serving.inspect import inspect_checkpoint
+from ..serving.integrity import write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from . import vocabulary, writer
+from . import provenance, vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
 from .journal import Journal, fingerprint, tokens_hash
@@ -151,15 +151,18 @@ def compress_checkpoint(
             tuning=run.tuned,
             searched=None if searched is None else searched.report,
             search=[] if searched is None else searched.trials,
-            versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+            versions=provenance.versions(),
+            provenance=provenance.of_run(checkpoint, windows),
             processes=world.size,
             windows_by_process=calibrated,
         )
         if fingerprint(checkpoint, tokens, *settings) != identity:
             raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
         write_text(work / "report.json", report.model_dump_json(indent=2) + "\n")
+        scaffold = [*journal.parts, writer.JOURNAL]
+        write_sums(work, without=scaffold)
         writer.publish(work, out)
-        for name in (*journal.parts, writer.JOURNAL):
+        for name in scaffold:
             (out / name).unlink()
         progress(Progress("verify", 1, 1))
         world.shared(report.model_dump())

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..serving.checkpoint import Checkpoint
-from ..serving.durable import disk_errors, write_text
+from ..serving.durable import disk_errors, sha256_of, write_text
 from ..serving.errors import InputError
 from . import writer
 from .world import ALONE, World
@@ -70,7 +70,7 @@ class Journal:
         valid = []
         for entry in entries:
             part = self.folder / str(entry.get("part"))
-            if "note" not in entry and (not part.is_file() or file_hash(part) != entry.get("sha256")):
+            if "note" not in entry and (not part.is_file() or sha256_of(part) != entry.get("sha256")):
                 break
             valid.append(entry)
         return valid
@@ -100,7 +100,7 @@ class Journal:
 
     def record(self, part: str, **fields: Any) -> None:
         """Append the entry of `part` (already durable) and make the line durable. What the leader passes counts."""
-        self._append({"part": part, "sha256": file_hash(self.folder / part), **fields} if self.world.leads else {})
+        self._append({"part": part, "sha256": sha256_of(self.folder / part), **fields} if self.world.leads else {})
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self.world.leads:
@@ -109,15 +109,6 @@ class Journal:
                 stream.flush()
                 os.fsync(stream.fileno())
         self.entries.append(self.world.shared(entry))
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def tokens_hash(windows: Iterable[Tensor]) -> str:

@@ -116,6 +116,17 @@ class Verification(BaseModel):
     tolerance: float
 
 
+class Provenance(BaseModel):
+    """What a run was made from, as SHA-256: the `model`'s files by name, the calibration `text` (None where the model
+    wrote it), and halfweight's own source `code`; and torch's number of `threads`, which sums depend on. The recipe is
+    in the folder, and `SHA256SUMS` has the hash of everything that was written."""
+
+    model: dict[str, str]
+    text: str | None
+    code: str
+    threads: int
+
+
 class CompressionReport(BaseModel):
     """The result of `compress_checkpoint`; `layers` are as the passes left them, before `tuning`; `search` are the
     trials of a search, in order. `seconds` is wall
@@ -149,5 +160,6 @@ class CompressionReport(BaseModel):
     searched: SearchReport | None = None
     search: list[SearchTrial] = []
     versions: dict[str, str]
+    provenance: Provenance | None = None
     processes: int = 1
     windows_by_process: list[int] = []

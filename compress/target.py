@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from ..serving.durable import disk_errors, write_text
 from ..serving.errors import InputError, RunError
+from ..serving.integrity import write_sums
 from . import writer
 from .driver import compress_checkpoint
 from .passes import StageConfig
@@ -91,6 +92,7 @@ def compress_to_target(
     report = CompressionReport.model_validate_json((best / "report.json").read_text(encoding="utf-8"))
     report = report.model_copy(update={"out": str(out)})
     write_text(best / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_sums(best)
     writer.publish(best, out)
     shutil.rmtree(folder)
     progress(Progress("target", trials, trials))

@@ -212,13 +212,17 @@ def _copy_tensors(tensors: dict[str, TensorInfo], file: Path) -> None:
     commit(temporary, file)
 
 
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, generation settings and licence files of a checkpoint."""
+    files = {file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    return sorted(file for file in files if file.suffix not in (".safetensors", ".bin", ".pt", ".py"))
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation settings and licence files of the dense checkpoint. Raises RunError."""
+    """Copy the `companions` of the dense checkpoint. Raises RunError."""
     with disk_errors(folder):
-        for pattern in _COMPANIONS:
-            for file in source.glob(pattern):
-                if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".py"):
-                    shutil.copyfile(file, folder / file.name)
+        for file in companions(source):
+            shutil.copyfile(file, folder / file.name)
 
 
 def publish(partial: Path, out: Path) -> None:

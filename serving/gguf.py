@@ -9,7 +9,6 @@ is the SHA-256 of the file and `CONVERSION`, so a changed file or converter neve
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .durable import sha256_of
 from .errors import InputError, RunError
 
 CONVERSION = 1  # raise it when the same file would convert to something else
@@ -57,15 +57,6 @@ def cache_root() -> Path:
     except OSError as error:
         raise RunError(f"cannot create the cache folder {root} ({error}); set HALFWEIGHT_CACHE to another") from None
     return root.resolve()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def cached_folder(sha256: str) -> Path | None:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .durable import sha256_of
 from .errors import InputError, RunError
-from .gguf import cache_root, cached_folder, converted_folder, sha256_of, stored_note
+from .gguf import cache_root, cached_folder, converted_folder, stored_note
 
 DEMO = "demo"
 _CHOICES = "`demo`, a folder, a .gguf file or a hub id (org/name)"

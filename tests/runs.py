@@ -26,8 +26,9 @@ class Stop(Exception):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the report, which holds timings."""
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name != "report.json"}
+    """Every file but the report, which holds timings, and the file with its hash."""
+    timed = ("report.json", "SHA256SUMS")
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name not in timed}
 
 
 def partial_of(out: Path) -> Path:

@@ -21,7 +21,7 @@ from halfweight.compress import writer
 from halfweight.compress.recipe import named_recipes
 from halfweight.eval.text import read_text
 
-VERBS = ["demo", "plan", "compress", "eval", "compare", "sweep", "inspect", "generate", "recipes"]
+VERBS = ["demo", "plan", "compress", "eval", "compare", "sweep", "inspect", "verify", "generate", "recipes"]
 
 
 # --- help and JSON -------------------------------------------------------------------------------------------------

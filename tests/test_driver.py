@@ -31,7 +31,8 @@ def test_the_artifact_holds_these_files_and_nothing_else(dense: Path, small_reci
     (source / "LICENSE").write_text("a licence\n")
     report = compress_checkpoint(source, small_recipe, out)
     copied = {f.name for f in source.iterdir() if f.suffix in (".json", "") and f.name != "config.json"}
-    written = {"config.json", "recipe.yaml", "report.json", INDEX_NAME, "halfweight-00001-of-00001.safetensors"}
+    written = {"config.json", "recipe.yaml", "report.json", "SHA256SUMS", INDEX_NAME}
+    written.add("halfweight-00001-of-00001.safetensors")
     assert {f.name for f in out.iterdir()} == copied | written
     assert {"LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= copied
     assert [f.name for f in out.parent.iterdir()] == ["out"]

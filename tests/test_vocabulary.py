@@ -31,6 +31,7 @@ from halfweight.triton_kernels import dispatch, trust
 from halfweight.triton_kernels.cpu import layouts
 from halfweight.triton_kernels.formats import integers
 from halfweight.triton_kernels.formats.integers import Integers
+from runs import contents
 
 IDS = torch.arange(3, 27)[None]
 EMBED = "model.embed_tokens"
@@ -72,10 +73,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def table_of(tensors: dict[str, Tensor], name: str, columns: int) -> Tensor:
     packed = Integers(*(tensors.get(f"{name}.{suffix}") for suffix in Integers._fields))  # type: ignore[arg-type]
     return integers.dequantize(packed, bits=8, group_size=16, columns=columns)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "report.json"}
 
 
 # --- what is written computes what it says -------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...serving.checkpoint import read_json
+from ...serving.durable import sha256_of
 from ...serving.errors import InputError
 from ...serving.inspect import Inspection, inspect_checkpoint
 from ..speed import Speed
@@ -211,15 +211,6 @@ def comparable(a: Run, b: Run) -> bool:
         return run.model, run.calibration_data, run.dev.tokens, run.dev.seqlen
 
     return key(a) == key(b)
-
-
-def sha256_of(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for piece in iter(lambda: stream.read(2**22), b""):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def by_block(names: list[str]) -> tuple[list[str], int, Callable[[str], tuple[int, int] | None]]:
