@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -33,9 +35,15 @@ def main() -> None:
         fail(f"{error.format_message().rstrip('.')}; see `halfweight --help`", 2)
     except HalfweightError as error:
         fail(str(error), error.exit_code)
-    except MemoryError:
-        fail("out of memory; `halfweight plan` shows what a run needs, fewer --samples need less", 1)
     except (KeyboardInterrupt, typer.Abort):
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not tear the last line apart
         fail("interrupted; a compression keeps its finished blocks and resumes with the same command", 130)
     except BrokenPipeError:
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from ..compress.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory; `halfweight plan` shows what a run needs, fewer --samples need less", 1)

@@ -19,14 +19,14 @@ from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
 from ..serving.errors import InputError, RunError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.integrity import write_sums
+from ..serving.integrity import not_finite, write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from . import provenance, vocabulary, writer
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
-from .journal import Journal, fingerprint, tokens_hash
+from .journal import Journal, clear_scaffold, fingerprint, tokens_hash
 from .memory import peak_rss_gb, release_memory
 from .recipe import Recipe
 from .report import (
@@ -84,6 +84,8 @@ def compress_checkpoint(
     space = None if recipe.search is None else space_of(walker, recipe.search, stages)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
+    if world.leads:
+        clear_scaffold(out)  # in case that a run was killed right after it had published
     with _work_folder(out, overwrite, world) as work:
         windows = shared_windows(world, partial(_load, checkpoint, recipe, walker, work))
         release_memory()
@@ -112,8 +114,10 @@ def compress_checkpoint(
         world.meet()
         release_memory()
         progress(Progress("verify", 0, 1))
+        _require_finite(checkpoint, [*run.dev_dense, *run.dev])
         verification, compressed_losses = run.verify(work)
         dense_losses = walker.losses(run.dev_dense, run.windows.dev)
+        _require_finite(checkpoint, [*dense_losses, *compressed_losses])
         losses = _by_window(dense_losses, world), _by_window(compressed_losses, world)
         calibrated, memory = world.gathered(run.calibrated), world.gathered(peak_rss_gb())
         if not world.leads:
@@ -159,11 +163,9 @@ def compress_checkpoint(
         if fingerprint(checkpoint, tokens, *settings) != identity:
             raise RunError(f"{source.path}: the model's files changed during the run; run it again with --fresh")
         write_text(work / "report.json", report.model_dump_json(indent=2) + "\n")
-        scaffold = [*journal.parts, writer.JOURNAL]
-        write_sums(work, without=scaffold)
+        write_sums(work, without=[*journal.parts, writer.JOURNAL])
         writer.publish(work, out)
-        for name in scaffold:
-            (out / name).unlink()
+        clear_scaffold(out)
         progress(Progress("verify", 1, 1))
         world.shared(report.model_dump())
         return report
@@ -237,6 +239,18 @@ def _work_folder(out: Path, overwrite: bool, world: World) -> Iterator[Path]:
 def _by_window(losses: list[Tensor], world: World) -> list[Tensor]:
     """The losses `[T - 1]` of all windows, from everybody's share of them."""
     return [torch.tensor(loss) for part in world.gathered([loss.tolist() for loss in losses]) for loss in part]
+
+
+def _require_finite(checkpoint: Checkpoint, outputs: Sequence[Tensor]) -> None:
+    """Raise RunError when not all outputs of the model, dense or compressed, are finite; names a damaged tensor."""
+    if all(bool(torch.isfinite(x).all()) for x in outputs):
+        return
+    damaged = not_finite(checkpoint)
+    if damaged is not None:
+        raise RunError(f"{checkpoint.path}: {damaged} holds NaN or infinity; check the checkpoint for damage")
+    raise RunError(
+        f"{checkpoint.path}: the model's outputs on the dev set are not finite; try --dtype float32, or another recipe"
+    )
 
 
 def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe, parts: Sequence[str]) -> None:

@@ -36,11 +36,11 @@ class Journal:
         if world.leads:
             self._open(fingerprint, fresh)
         self.entries = world.shared(self.entries)
-        if not world.leads and self._lines()[:1] != [{"fingerprint": fingerprint}]:
+        if not world.leads and read_lines(self.file)[:1] != [{"fingerprint": fingerprint}]:
             raise InputError(f"{folder}: is another folder here than for rank 0; choose an --out that all hosts share")
 
     def _open(self, fingerprint: str, fresh: bool) -> None:
-        folder, lines = self.folder, self._lines()
+        folder, lines = self.folder, read_lines(self.file)
         if lines and not fresh:
             if lines[0].get("fingerprint") != fingerprint:
                 raise InputError(
@@ -52,19 +52,6 @@ class Journal:
             for leftover in folder.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_text(self.file, "".join(json.dumps(e) + "\n" for e in [{"fingerprint": fingerprint}, *self.entries]))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                if not isinstance(entry, dict):
-                    break
-                lines.append(entry)
-        return lines
 
     def _valid_prefix(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         valid = []
@@ -109,6 +96,36 @@ class Journal:
                 stream.flush()
                 os.fsync(stream.fileno())
         self.entries.append(self.world.shared(entry))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first that is damaged; none where there is no file."""
+    lines: list[dict[str, Any]] = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                break
+            if not isinstance(entry, dict):
+                break
+            lines.append(entry)
+    return lines
+
+
+def clear_scaffold(out: Path) -> None:
+    """Remove from a published folder what only its making needed: the finished parts, then the journal that names them,
+    and the folder it has replaced. Does nothing to other folders, so it may be repeated."""
+    journal = out / JOURNAL
+    lines = read_lines(journal)
+    if not lines or "fingerprint" not in lines[0] or not (out / "config.json").is_file():
+        return
+    with disk_errors(out):
+        for part in (out / Path(str(entry.get("part"))).name for entry in lines[1:]):
+            if part.is_file():
+                part.unlink()
+        shutil.rmtree(out.with_name(out.name + ".replaced"), ignore_errors=True)
+        journal.unlink()
 
 
 def tokens_hash(windows: Iterable[Tensor]) -> str:

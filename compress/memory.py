@@ -1,11 +1,19 @@
-"""Resident memory: what this process reached, and giving freed memory back."""
+"""Memory: what this process reached, giving freed memory back, and running out of it."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from ..serving.errors import HalfweightError, RunError
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def peak_rss_gb() -> float:
@@ -36,3 +44,24 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+    )
+
+
+@contextmanager
+def memory_errors(where: str) -> Iterator[None]:
+    """Turn a failed allocation below into one RunError line that says `where`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, HalfweightError) or not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"{where}: out of memory; finished blocks are kept, and the same command resumes where there is more;"
+            " `halfweight plan` shows what a run needs, shorter windows (--seqlen) or fewer (--samples) need less"
+        ) from None

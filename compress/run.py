@@ -20,7 +20,7 @@ from .blocks import BlockWalker
 from .calibration import Windows
 from .journal import Journal
 from .lockstep import PausingPass, input_groups, pauses
-from .memory import release_memory
+from .memory import memory_errors, release_memory
 from .passes import StageConfig, needs_of
 from .recipe import Recipe
 from .report import (
@@ -88,7 +88,8 @@ class Run:
         release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
-            resumed += self._one_block(index)
+            with memory_errors(walker.block_prefix(index)):
+                resumed += self._one_block(index)
             release_memory()
         self.hidden, self.more = [], []  # what follows needs the memory
         return resumed

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from ..serving.errors import RunError
 from ..serving.linear import SelectingLinear
 from ..serving.storage import effective_weight, pack_branch, pack_selection, pack_weight, selection_of
-from .passes import PASSES, StageConfig, low_rank, selection
+from ..triton_kernels.formats.integers import Quantized
+from .memory import is_out_of_memory, release_memory
+from .passes import PASSES, PruneResult, StageConfig, low_rank, selection
 from .passes.hessian import HessianError
+from .passes.joint import output_power
 from .report import LayerReport
 from .statistics import InputStatistics, relative_error, spread_rows
 from .world import ALONE, World
@@ -39,6 +42,8 @@ class Solved(NamedTuple):
         density, stats = world.shared((self.density, self.stats), source)
         return Solved(packed, density, stats)
 
+_PARTS = 16  # into which a linear is cut, at most
+
 
 def solve_linear(
     name: str, linear: nn.Linear, stage: StageConfig, stored: torch.dtype, statistics: InputStatistics
@@ -52,7 +57,7 @@ def solve_linear(
     if not bool(torch.isfinite(weight).all()):
         raise RunError(f"{name}: its weights are not finite; check the checkpoint for damage")
     try:
-        result = low_rank.solve(PASSES[stage.name], weight, statistics, stage, stored)
+        result = _solve_in_parts(name, weight, statistics, stage, stored)
     except HessianError as unusable:
         raise RunError(f"{name}: {unusable} (seen: {statistics.tokens} calibration tokens)") from None
     scheme = stage.scheme((weight.shape[0], weight.shape[1]))
@@ -105,6 +110,63 @@ def replace_linear(
         stats=stats,
     )
     return layer, packed
+
+
+def _solve_in_parts(
+    name: str, weight: Tensor, statistics: InputStatistics, stage: StageConfig, stored: torch.dtype
+) -> PruneResult:
+    """`low_rank.solve`; when memory runs out, again with fewer and fewer outputs at a time, where they are apart.
+
+    Raises HessianError, and RunError when the smallest parts do not fit either.
+    """
+    parts, limit = 1, min(_PARTS, len(weight)) if _rows_apart(weight, stage) else 1
+    while True:
+        found = []
+        try:
+            for rows in weight.chunk(parts):
+                found.append(low_rank.solve(PASSES[stage.name], rows, statistics, stage, stored))
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here has the error let go of what it was holding.
+        found.clear()
+        release_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if parts == limit:
+            apart = f", even {-(-len(weight) // parts)} of {len(weight)} outputs at a time" if parts > 1 else ""
+            raise RunError(
+                f"{name}: out of memory by {stage.name}{apart}; ignore it in the recipe, or use a machine or device"
+                " with more memory, where the same command resumes"
+            )
+        parts = min(2 * parts, limit)
+    return found[0] if parts == 1 else _joined(found, weight, statistics)
+
+
+def _rows_apart(weight: Tensor, stage: StageConfig) -> bool:
+    """Whether the outputs of a linear `[N, K]` can be solved apart: nothing stored or chosen is shared by them."""
+    scheme = stage.scheme((weight.shape[0], weight.shape[1]))
+    return scheme.rows_apart and scheme.low_rank is None and getattr(stage, "scope", "row") == "row"
+
+
+def _joined(parts: Sequence[PruneResult], weight: Tensor, statistics: InputStatistics) -> PruneResult:
+    """The result for `weight` `[N, K]` from those of its rows, in order; `parts` in the stats is their number."""
+    first = parts[0]
+    quantized = None
+    if first.quantized is not None:
+        fields = zip(*(part.quantized for part in parts if part.quantized is not None), strict=True)
+        quantized = Quantized(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
+    stats: dict[str, float] = {"parts": len(parts)}
+    for key in first.stats:
+        values = [part.stats[key] for part in parts]
+        if key.startswith("error"):  # relative, so each counts by its rows' share of the outputs
+            shares = [output_power(rows, statistics.hessian) for rows in weight.chunk(len(parts))]
+            stats[key] = sum(v * s for v, s in zip(values, shares, strict=True)) / (sum(shares) or 1.0)
+        else:
+            stats[key] = sum(values) if key.endswith("loss") else max(values)
+    mask = torch.cat([part.mask for part in parts])
+    return PruneResult(torch.cat([part.weight for part in parts]), mask, stats, quantized)
 
 
 def _select(

@@ -132,6 +132,11 @@ def _fits(weight: Tensor, scheme: LinearScheme) -> bool:
     return bool((weight.unflatten(1, (-1, size)).count_nonzero(-1) <= kept).all())
 
 
+def not_finite(checkpoint: Checkpoint) -> str | None:
+    """The name of a tensor that holds NaN or infinity, if there is one; reads them all."""
+    return next((name for name, info in checkpoint.tensors.items() if not _finite(name, info)), None)
+
+
 def _finite(name: str, info: TensorInfo) -> bool:
     """Whether all numbers of a tensor are finite, some rows at a time."""
     if not info.dtype.is_floating_point:

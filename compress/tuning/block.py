@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ...serving.errors import RunError
 from ..blocks import BlockWalker
+from ..memory import is_out_of_memory
 from ..report import TuningReport
 from .config import BlockTuning, Part
-from .training import Looks, Trainer, batches, is_out_of_memory, look_steps, through
+from .training import Looks, Trainer, batches, look_steps, through
 from .weights import Weights, trained_parameters
 
 Say = Callable[[str], None]

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ...serving.errors import RunError
 from ..blocks import BlockWalker
+from ..memory import is_out_of_memory
 from ..report import TuningReport
 from . import checkpoint
 from .config import EndToEndTuning
 from .student import Student
 from .teacher import Teacher, chunks, divergence
-from .training import Looks, Trainer, batches, is_out_of_memory, look_steps
+from .training import Looks, Trainer, batches, look_steps
 
 Say = Callable[[int, int, str], None]  # steps done, of how many, and how it goes
 

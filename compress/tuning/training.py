@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .config import Part, Rates
 
 _WARM, _FLOOR = 0.1, 0.05  # share of the steps that warm up, and of the rate that is left in the end
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Trainer:
@@ -132,10 +131,3 @@ def through(weights: Mapping[str, Tensor], run: Callable[[dict[str, Tensor]], No
     run(leaves)
     pairs = [(weights[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
     torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
-    )
