@@ -50,7 +50,7 @@ def test_a_disk_that_fails_at_any_operation(
         assert "\n" not in message and str(out) in message, at
         assert words in message or "cannot be written" in message, (at, message)
         if out.exists():  # it failed after the one rename that makes the artifact
-            assert at > disk.count - 3
+            assert at > disk.count - 3, at
             with pytest.raises(InputError, match="not empty"):
                 compress_checkpoint(model, recipe, out)
         elif at % 6 == 1 or at > disk.count - 6:
@@ -192,7 +192,7 @@ def test_a_linear_that_does_not_fit_is_solved_in_parts(
     assert {layer.shape[0] for layer in split} == {32, 64}
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert b.stats.get("parts", 1) == max(1, b.shape[0] // 16)
-        # Weights compete for their places within a part instead of the whole layer (ADMM, GQSA): other choices, as good.
+        # ADMM's and GQSA's weights compete within a part instead of the whole layer: other choices, about as good.
         assert b.error == pytest.approx(a.error, rel=0.25, abs=1e-3)
         for key in a.stats.keys() - {"damping", "obs_loss"}:
             assert b.stats[key] == pytest.approx(a.stats[key], rel=0.25, abs=1e-3), key
