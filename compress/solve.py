@@ -154,9 +154,10 @@ def _joined(parts: Sequence[PruneResult], weight: Tensor, statistics: InputStati
     """The result for `weight` `[N, K]` from those of its rows, in order; `parts` in the stats is their number."""
     first = parts[0]
     quantized = None
-    if first.quantized is not None:
-        fields = zip(*(part.quantized for part in parts if part.quantized is not None), strict=True)
-        quantized = Quantized(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
+    if coded := [part.quantized for part in parts if part.quantized is not None]:
+        codes, scales = torch.cat([part.codes for part in coded]), torch.cat([part.scales for part in coded])
+        zeros = [part.zeros for part in coded if part.zeros is not None]
+        quantized = Quantized(codes, scales, torch.cat(zeros) if zeros else None)
     stats: dict[str, float] = {"parts": len(parts)}
     for key in first.stats:
         values = [part.stats[key] for part in parts]

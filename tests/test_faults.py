@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import halfweight.cli
-from commands import Cli, one_line, process
+from commands import Cli, one_line, process, read
 from faults import failing_disk
 from halfweight import HalfweightError, InputError, Recipe, RunError, compress_checkpoint
 from halfweight.compress import journal, writer
@@ -273,6 +273,25 @@ def test_what_an_allocator_says_is_understood() -> None:
         torch.empty(2**55)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_at_random_moments_cost_the_block_at_work_at_most(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "kill_resume.py"
+    flags = ["--kills", "3", "--blocks", "3", "--json", str(tmp_path / "kills.json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=400, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = read(tmp_path / "kills.json")
+    assert result["kills"] == 3 and result["finished"] >= 1
+    for one in result["rounds"]:
+        assert one.get("blocks_resumed", one["blocks_before"]) == one["blocks_before"]
 
 
 # --- impatience ----------------------------------------------------------------------------------------------------
