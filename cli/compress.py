@@ -134,6 +134,13 @@ def show(report: CompressionReport) -> None:
     )
     rows.add_row("size on disk", human_bytes(report.bytes))
     rows.add_row("relative output error", f"worst {worst.error:.3f} at {worst.name}")
+    if experts := [layer for layer in report.layers if "by_magnitude" in layer.stats]:
+        rare = [layer for layer in experts if layer.stats["by_magnitude"] > 0]
+        unseen = sum(layer.stats["tokens"] == 0 for layer in rare)
+        rows.add_row(
+            "linears of experts",
+            f"{len(rare)} of {len(experts)} saw fewer tokens than inputs (partly by magnitude), {unseen} none",
+        )
     for rounded in report.tables:
         n, k = rounded.shape
         rows.add_row(f"{n} x {k} table", f"{rounded.name} as {rounded.numbers}, relative error {rounded.error:.1e}")

@@ -22,6 +22,7 @@ from ..eval.perplexity import decoder_returns
 from ..serving.checkpoint import Checkpoint, TensorInfo
 from ..serving.embedding import CompressedEmbedding, TiedHead
 from ..serving.errors import InputError
+from ..serving.experts import Experts
 from ..serving.linear import CompressedWeight, check_weights
 from ..serving.load import resolve_dtype
 from ..serving.skeleton import build_skeleton, context_length, find_blocks, is_linear, tensor_names, tied_names
@@ -75,6 +76,9 @@ class BlockWalker:
             attend_in_bands(self.model)
         _computed_buffers_to(self.model, device)
         self.prefix, self.blocks = find_blocks(self.model)
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                module.call_all = checkpoint.artifact is None  # for the statistics; kernels may not take no tokens
         self.n_blocks = len(self.blocks)
         self.embedding, self.head = _vocabulary_modules(self.model)
         self._names = tensor_names(self.model, checkpoint.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
 from ..serving.errors import InputError, RunError
+from ..serving.experts import stack_of
 from ..serving.inspect import inspect_checkpoint
 from ..serving.integrity import not_finite, write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
@@ -28,6 +29,7 @@ from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
 from .journal import Journal, clear_scaffold, fingerprint, tokens_hash
 from .memory import peak_rss_gb, release_memory
+from .passes import StageConfig
 from .recipe import Recipe
 from .report import (
     CompressionReport,
@@ -82,6 +84,7 @@ def compress_checkpoint(
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
     space = None if recipe.search is None else space_of(walker, recipe.search, stages)
+    _check_experts(recipe, stages, shapes)
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
     if world.leads:
@@ -239,6 +242,23 @@ def _work_folder(out: Path, overwrite: bool, world: World) -> Iterator[Path]:
 def _by_window(losses: list[Tensor], world: World) -> list[Tensor]:
     """The losses `[T - 1]` of all windows, from everybody's share of them."""
     return [torch.tensor(loss) for part in world.gathered([loss.tolist() for loss in losses]) for loss in part]
+
+
+def _check_experts(recipe: Recipe, stages: Mapping[str, StageConfig], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise InputError for what cannot be done to a mixture of experts, or not stored for one."""
+    stacks = {name: stack for name in shapes if (stack := stack_of(name)) is not None}
+    done = {stack for name, stack in stacks.items() if name in stages}
+    if done and recipe.tuning is not None:
+        raise InputError(f"recipe {recipe.name}: experts cannot be tuned yet; pass --tuning none")
+    for name, stack in stacks.items():
+        if stack in done and name not in stages:
+            raise InputError(f"recipe {recipe.name}: leaves {name} dense, but not all of {stack}; ignore all or none")
+        if name in stages and stages[name].selection is not None:
+            raise InputError(f"recipe {recipe.name}: {name} is of an expert, which cannot select its inputs yet")
+        if name in stages and stages[name].scheme(shapes[name]).storage == "dense":
+            raise InputError(
+                f"recipe {recipe.name}: {name} is of an expert, and pattern {stages[name].structure} has no packed form"
+            )
 
 
 def _require_finite(checkpoint: Checkpoint, outputs: Sequence[Tensor]) -> None:

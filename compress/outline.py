@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..serving.checkpoint import Checkpoint, TensorInfo, read_json
+from ..serving.experts import unfuse
 from ..serving.skeleton import load_config, tied_names
 
 
@@ -25,6 +26,7 @@ class Outline(Checkpoint):
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            unfuse(model)
         tied = tied_names(model)
         self.tensors = {
             name: TensorInfo(file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)

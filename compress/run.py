@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import RunError
+from ..serving.experts import stack_of
 from ..serving.linear import SelectingLinear, expand_linears
 from ..serving.storage import effective_weight, selection_of
 from ..serving.tables import Table
@@ -233,6 +234,9 @@ class Run:
                 # The paused passes hold these tensors themselves.
                 seen, unseen = ([forward.run_to(group[0]) for forward in passes] for passes in (calibration, dev))
                 statistics.collect(seen, self.world)
+                routed: dict[str, float] = {}
+                if stack_of(group[0]) is not None:
+                    routed = {"tokens": statistics.tokens, "by_magnitude": statistics.lean_on_magnitudes()}
                 release_memory()  # the solvers need other sizes than the forward passes left behind
                 for together in self.world.rounds(group):
                     solved = [Solved.nothing() for _ in together]
@@ -247,7 +251,7 @@ class Run:
                         layer, tensors = replace_linear(
                             name, linear, stage, stored, found, seen, unseen, sensitivities.get(name), self.world
                         )
-                        layers.append(layer)
+                        layers.append(layer.model_copy(update={"stats": {**layer.stats, **routed}}))
                         packed.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
                         done = f"{name.removeprefix(prefix + '.')} {layer.errors}"
                         self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {done}"))

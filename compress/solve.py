@@ -98,6 +98,8 @@ def replace_linear(
     batches = world.total(len(unseen))
     rows = [spread_rows(x, max(1, 256 // batches)) for x in unseen]
     held_out = torch.cat(rows).float() if rows else weight.new_zeros(0, shape[1])
+    if not world.total(len(held_out)):  # no token was routed to this expert: the error of its weights
+        held_out = torch.eye(shape[1], device=weight.device)
     error = relative_error(selection.outputs(held_out, linear), held_out @ weight.T, world)
     layer = LayerReport(
         name=name,

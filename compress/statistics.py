@@ -61,6 +61,19 @@ class InputStatistics:
         diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
         return diagonal / max(self.tokens, 1)
 
+    def lean_on_magnitudes(self) -> float:
+        """Mix in inputs of equal power, as far as fewer tokens than inputs were seen; returns their share.
+
+        What a pass does is then by magnitude to that share: a shrinkage of the Hessian towards the identity (Ledoit and
+        Wolf 2004), for experts that few tokens or none are routed to.
+        """
+        diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
+        share = max(0.0, 1 - self.tokens / len(diagonal))
+        power = float(diagonal.mean()) or 1.0
+        self._sum.mul_(1 - share)
+        diagonal.add_(share * power)
+        return share
+
     def require_usable(self, module: str) -> None:
         """Raise RunError, naming `module` and the token count, when calibration gave nothing to work with."""
         mean_square = self.mean_square
@@ -69,7 +82,7 @@ class InputStatistics:
                 f"{module}: its inputs are not finite after {self.tokens} calibration tokens;"
                 " try --dtype float32, or check the checkpoint for damaged weights"
             )
-        if self.tokens == 0 or not bool((mean_square > 0).any()):
+        if not bool((mean_square > 0).any()):
             raise RunError(
                 f"{module}: no non-zero input in {self.tokens} calibration tokens; use more or other calibration text"
             )
@@ -127,4 +140,4 @@ def relative_error(got: Tensor, wanted: Tensor, world: World = ALONE) -> float:
 def spread_rows(x: Tensor, rows: int) -> Tensor:
     """A copy of up to `rows` evenly spaced rows `[rows, K]` of `x` `[..., K]`."""
     flat = x.reshape(-1, x.shape[-1])
-    return flat[:: -(-len(flat) // rows)].clone()
+    return flat[:: max(1, -(-len(flat) // rows))].clone()

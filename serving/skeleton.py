@@ -11,6 +11,7 @@ from torch import nn
 from .checkpoint import Checkpoint, TensorInfo
 from .embedding import swap_embedding
 from .errors import InputError
+from .experts import is_merged, stack_of, unfuse, usual_name
 from .linear import CompressedLinear, swap_linears
 from .scheme import ArtifactConfig
 
@@ -51,6 +52,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     except Exception as error:  # as above; early releases of transformers check no types before
         file = checkpoint.path / "config.json"
         raise InputError(f"{file}: describes no model ({' '.join(str(error).split())})") from None
+    with init_empty_weights(include_buffers=False):
+        unfuse(model)
     if artifact is not None:
         swap_modules(model, artifact)
     check_stored(model, checkpoint.tensors)
@@ -63,6 +66,8 @@ def swap_modules(model: Any, artifact: ArtifactConfig) -> None:
     for name in artifact.linears:
         if f"{name}.weight" in tied:
             raise InputError(f"quantization_config names {name}, which is tied to another layer")
+    stacks = {stack_of(name) for name in artifact.linears} - {None}
+    unfuse(model, [stack for stack in stacks if stack is not None])
     swap_linears(model, artifact.linears)
     if artifact.embedding is not None:
         swap_embedding(model, artifact.embedding)
@@ -108,7 +113,7 @@ def tensor_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
         renamed = name
         for renaming in renamings:
             renamed = renaming.rename_source_key(renamed)[0]
-        found[renamed] = name
+        found[usual_name(renamed)] = name
     found.update({name: name for name in stored})
     base = model.base_model_prefix + "."
     names = {}
@@ -125,7 +130,7 @@ def check_stored(model: Any, stored: Mapping[str, TensorInfo]) -> None:
     names, tied = tensor_names(model, stored), tied_names(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in names:
-            if name in tied:
+            if name in tied or is_merged(name, stored):
                 continue
             folder = next(iter(stored.values())).file.parent if stored else "checkpoint"
             raise InputError(f"{folder}: tensor {name} is missing from the checkpoint")

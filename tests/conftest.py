@@ -18,7 +18,7 @@ import halfweight.cli
 from artifacts import shards
 from commands import Cli, Result
 from runs import BLOCKS
-from tiny import ARCHITECTURES, WORDS, tiny_tokenizer
+from tiny import ARCHITECTURES, MIXTURES, WORDS, tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,11 +50,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         **changes: Any,
     ) -> Path:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+        config = AutoConfig.for_model(architecture, **{**(ARCHITECTURES | MIXTURES)[architecture], **changes})
         model = AutoModelForCausalLM.from_config(config).to(dtype)
         for parameter in model.parameters():  # transformers' initial weights are too small to tell methods apart
-            if parameter.ndim == 2:
-                parameter.data.normal_(0, 0.3 / parameter.shape[1] ** 0.25)
+            if parameter.ndim >= 2:
+                parameter.data.normal_(0, 0.3 / parameter.shape[-1] ** 0.25)
         folder = tmp_path_factory.mktemp(architecture)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tiny_tokenizer(bos).save_pretrained(folder)

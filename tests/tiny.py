@@ -30,6 +30,13 @@ SMALL = {
     "max_position_embeddings": 128,
 }
 
+# Mixtures of experts, likewise.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**SMALL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 2},
+}
+
 # Model type -> config arguments. Between them: grouped-query attention, biases, tied embeddings, sliding windows,
 # learned and rotary positions, fused projections, blocks that return tuples, and scaled embeddings.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
