@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,15 @@ def start(arguments: list[str], log: Path) -> int:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    sys.stdout, sys.stderr = [open(number, "w", buffering=1, closefd=False) for number in (1, 2)]  # noqa: SIM115
     sys.argv = ["halfweight", *arguments]
     code = 70
     try:
         halfweight.cli.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
