@@ -18,7 +18,7 @@ from ..eval.perplexity import summarize
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
 from ..serving.errors import InputError, RunError
-from ..serving.experts import stack_of
+from ..serving.experts import disk_name, stack_of
 from ..serving.inspect import inspect_checkpoint
 from ..serving.integrity import not_finite, write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
@@ -276,7 +276,10 @@ def _require_finite(checkpoint: Checkpoint, outputs: Sequence[Tensor]) -> None:
 def _assemble(partial: Path, walker: BlockWalker, scheme: ArtifactConfig, recipe: Recipe, parts: Sequence[str]) -> None:
     """Make `partial` a loadable checkpoint of its parts and the untouched tensors: shards, index, config, tokenizer."""
     replaced = {*scheme.linears, *([] if scheme.embedding is None else [walker.embedding])}
-    kept = {n: info for n, info in walker.stored().items() if n.removesuffix(".weight") not in replaced}
+    family = walker.model.config.get_text_config().model_type
+    kept = {
+        disk_name(n, family): info for n, info in walker.stored().items() if n.removesuffix(".weight") not in replaced
+    }
     packed = {n: info for part in parts for n, info in read_header(partial / part).items()}
     writer.write_shards({**kept, **packed}, partial, writer.SHARD_BYTES)
     config: dict[str, Any] = {**walker.checkpoint.config, "quantization_config": scheme.to_json()}

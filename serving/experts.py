@@ -20,6 +20,8 @@ from .errors import InputError
 _FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STORED = re.compile(r"(\.experts\.\d+\.)(w[123])(\.weight)$")
+_DENSE = re.compile(r"\.mlp(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.weight$")
+_MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+$")
 
 
@@ -90,10 +92,19 @@ def usual_name(tensor: str) -> str:
     return _STORED.sub(lambda match: match[1] + _MIXTRAL[match[2]] + match[3], tensor)
 
 
-def is_merged(name: str, stored: Iterable[str]) -> bool:
-    """Whether `name` is a fused tensor that transformers will merge from tensors per expert, as `stored` has them."""
+def disk_name(tensor: str, family: str) -> str:
+    """What checkpoints of `family` call the dense weight of an expert's linear; other names stay as they are."""
+    if family != "mixtral":
+        return tensor
+    spelled = {usual: short for short, usual in _MIXTRAL.items()}
+    return _DENSE.sub(lambda match: f".block_sparse_moe{match[1]}{spelled[match[2]]}.weight", tensor)
+
+
+def merged_from(name: str, experts: int, family: str) -> list[str]:
+    """The stored tensors that transformers merges into the fused tensor `name`; empty when it is none."""
     stack, _, kind = name.rpartition(".")
-    return kind in ("gate_up_proj", "down_proj") and any(other.startswith(f"{stack}.0.") for other in stored)
+    parts = _MERGED.get(kind, ()) if stack.endswith(".experts") else ()
+    return [disk_name(f"{stack}.{number}.{part}.weight", family) for number in range(experts) for part in parts]
 
 
 def _is_fused(module: nn.Module) -> bool:
