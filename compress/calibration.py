@@ -114,8 +114,8 @@ def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
             f"{len(windows['calibration'])} calibration windows for {world.size} processes; use --samples"
             f" {world.size} or more, or fewer processes"
         )
-    text_tokens, text_sha256 = world.shared([found.text_tokens, found.text_sha256])
-    return Windows(text_tokens=text_tokens, text_sha256=text_sha256, **windows)
+    counted, digest = world.shared(found.text_tokens), world.shared(found.text_sha256)
+    return Windows(text_tokens=counted, text_sha256=digest, **windows)
 
 
 def check_context(settings: Calibration, max_length: int | None) -> None:

@@ -42,6 +42,7 @@ class Solved(NamedTuple):
         density, stats = world.shared((self.density, self.stats), source)
         return Solved(packed, density, stats)
 
+
 _PARTS = 16  # into which a linear is cut, at most
 
 
