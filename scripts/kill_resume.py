@@ -71,6 +71,7 @@ def start(arguments: list[str], log: Path) -> int:
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = [open(number, "w", buffering=1, closefd=False) for number in (1, 2)]  # noqa: SIM115
     sys.argv = ["halfweight", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
     code = 70
     try:
         halfweight.cli.main()
