@@ -318,7 +318,7 @@ def test_ctrl_c_twice_is_one_line_and_resumes(
 
 
 def test_a_second_ctrl_c_does_not_tear_the_line_apart(cli: Cli, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
     say = halfweight.cli.output.fail
 
     def interrupted(*arguments: Any, **options: Any) -> None:
