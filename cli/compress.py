@@ -51,6 +51,7 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty DIR when done.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard unfinished work in DIR.partial.")] = False,
+    activation_memory: options.ActivationMemory = None,
     json: options.Json = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -69,6 +70,8 @@ def compress(
         halfweight compress demo --recipe gqsa-w4s50 --embeddings 8 --out smollm2-w4s50
 
         halfweight compress ./my-llama --recipe w4-g64-best --out my-w4 --tuning-samples 512 --block-epochs 2
+
+        halfweight compress ./my-llama --recipe gqsa-w4s50 --out my-w4s50 --samples 256 --activation-memory 2
 
         halfweight compress demo --recipe teal-50 --target-ppl-increase 5 --out smollm2-ppl5
 
@@ -92,7 +95,7 @@ def compress(
             tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
         )
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        settings |= {"overwrite": overwrite, "fresh": fresh}
+        settings |= {"overwrite": overwrite, "fresh": fresh, "activation_memory": activation_memory}
         result: CompressionReport | TargetReport
         if target_ppl_increase is None:
             result = compress_checkpoint(model, loaded, output, progress=progress, world=world, **settings)

@@ -30,6 +30,14 @@ Json = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto (float32 on CPU), float32, bfloat16, float16.")]
+ActivationMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--activation-memory",
+        metavar="GB",
+        help="Keep activations in files in DIR.partial where they need more than this; slower, the same result.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow a checkpoint to bring files of its own code.")
 ]

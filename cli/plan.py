@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import options
 from .output import human_seconds, out, table, write_json
 
@@ -18,6 +20,7 @@ def plan(
     end_to_end_epochs: options.EndToEndEpochs = None,
     search: options.Search = None,
     search_trials: options.SearchTrials = None,
+    activation_memory: options.ActivationMemory = None,
     json: options.Json = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -42,7 +45,8 @@ def plan(
     loaded = loaded.with_tuning(
         tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
     )
-    result = make_plan(model, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    result = make_plan(model, loaded, activation_memory=activation_memory, **settings)
     write_json(json, result)
     rows = table(f"{result.model} by {result.recipe}", "linear", "method", "pattern", "N x K", "bits", "->", left=3)
     for layer in result.layers:
@@ -68,9 +72,11 @@ def plan(
         )
     if len(result.stages) > 1:
         out.print(stages)
+    place = "in files, a batch at a time in memory" if result.activations_spill else "in memory"
     out.print(
         f"effective bits: {result.effective_bits:.3f} (decoder linears),"
         f" {result.effective_bits_model:.3f} (whole model)\n"
         f"peak memory: about {result.peak_memory_gb:.2f} GB (modelled)\n"
+        f"activations: about {result.activations_gb:.2f} GB, {place}\n"
         f"time: about {human_seconds(result.seconds)} on {result.device} in {result.dtype} (modelled)"
     )

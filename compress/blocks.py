@@ -8,7 +8,7 @@ forward pass is reimplemented here, which is why any decoder whose blocks are a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,24 +220,34 @@ class BlockWalker:
             return []
         stream = torch.empty(0)
         filled = 0
+        for x in self.embedded(windows, table):
+            if filled == 0:
+                stream = x.new_empty((len(windows), *x.shape[1:]))
+            stream[filled : filled + len(x)] = x
+            filled += len(x)
+        return list(stream.split(batch_size(len(windows[0]))))
+
+    @torch.no_grad()
+    def embedded(self, windows: list[Tensor], table: Table | None = None) -> Iterator[Tensor]:
+        """As `embed`, one batch after the other."""
+        if not windows:
+            return
+        first = torch.empty(0)
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            nonlocal stream, filled
+            nonlocal first
             x, args, kwargs = _split_hidden(args, kwargs)
             calls = self._calls.setdefault(tuple(x.shape[:2]), [])
             if len(calls) == index:
                 calls.append((args, kwargs))
             if index == 0:
-                if filled == 0:
-                    stream = x.new_empty((len(windows), *x.shape[1:]))
-                stream[filled : filled + len(x)] = x
-                filled += len(x)
+                first = x
             return x
 
         with self._outside(table), self._replaced_blocks(record):
             for batch in torch.stack(windows).split(batch_size(len(windows[0]))):
                 self.model.get_decoder()(input_ids=batch.to(self.device), use_cache=False)
-        return list(stream.split(batch_size(len(windows[0]))))
+                yield first
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
@@ -256,7 +266,7 @@ class BlockWalker:
             self.embed([torch.zeros(length, dtype=torch.long)] * batch)
 
     @torch.no_grad()
-    def losses(self, hidden: list[Tensor], windows: list[Tensor], logits: int = _LOGITS) -> list[Tensor]:
+    def losses(self, hidden: Iterable[Tensor], windows: list[Tensor], logits: int = _LOGITS) -> list[Tensor]:
         """Next-token cross entropy `[T - 1]` (nats, fp32) per window, from the last block's outputs `hidden`.
 
         The final norm, the head and any scaling of logits run in the model's own code, a slice of the vocabulary at a

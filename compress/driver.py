@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from .report import (
 )
 from .run import Run
 from .search.run import search, space_of
+from .streams import activation_bytes, check_budget, spilled_bytes
 from .world import ALONE, World
 
 
@@ -53,6 +54,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
+    activation_memory: float | None = None,
     progress: OnProgress = silent,
     world: World = ALONE,
 ) -> CompressionReport:
@@ -64,9 +66,17 @@ def compress_checkpoint(
     `fresh` discards it. The processes of `world` share the work (docs/distributed.md): all of them call this alike, its
     leader alone writes, reads the calibration text and shows progress, all return the report. Raises InputError for bad
     input and RunError when the work fails; `out` appears only when everything succeeded.
+
+    Where the activations of a process (`activation_bytes`: the streams of calibration, dev and tuning windows, and what
+    paused passes hold of them) would need more than `activation_memory`, in 10^9 bytes, all of them are in nameless
+    files in `OUT.partial`, and about one batch at a time in memory, on the host or the device. Passes then start over
+    for every input of a block instead of pausing: the result has the same bytes and takes longer, with hundreds of
+    experts in a block much longer. Not covered: the outputs on the dev set (one window per 16) while its perplexity is
+    computed, gradients, and what end-to-end tuning and `search` hold.
     """
     begin = time.monotonic()
     out = Path(out)
+    check_budget(activation_memory)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     _require_shareable(recipe, world)
     progress = _noting(progress, world)
@@ -85,12 +95,15 @@ def compress_checkpoint(
     stages = recipe.resolve(shapes)
     space = None if recipe.search is None else space_of(walker, recipe.search, stages)
     _check_experts(recipe, stages, shapes)
+    sizes = (recipe, shapes, walker.model.config.get_text_config().hidden_size, walker.dtype.itemsize)
+    spill = activation_memory is not None and activation_bytes(*sizes) / world.size > activation_memory * 1e9
+    spilled = spilled_bytes(*sizes) if spill else 0.0
     if recipe.embeddings is not None:
         vocabulary.check_supported(checkpoint, recipe.embeddings)
     if world.leads:
         clear_scaffold(out)  # in case that a run was killed right after it had published
     with _work_folder(out, overwrite, world) as work:
-        windows = shared_windows(world, partial(_load, checkpoint, recipe, walker, work))
+        windows = shared_windows(world, partial(_load, checkpoint, recipe, walker, work, spilled))
         release_memory()
         settings = (recipe.to_yaml(), str(walker.dtype), where.type)
         tokens = [*windows.all, *windows.dev, *windows.search]
@@ -102,7 +115,7 @@ def compress_checkpoint(
             recipe = searched.recipe
             stages = recipe.resolve(shapes)
             release_memory()
-        run = Run(walker, stages, recipe, windows.share(world), journal, progress, world)
+        run = Run(walker, stages, recipe, windows.share(world), journal, progress, world, spill)
         resumed = run.all_blocks()
         parts = run.whole(identity)
 
@@ -117,12 +130,12 @@ def compress_checkpoint(
         world.meet()
         release_memory()
         progress(Progress("verify", 0, 1))
-        _require_finite(checkpoint, [*run.dev_dense, *run.dev])
+        _require_finite(checkpoint, run.dev_dense + run.dev)
         verification, compressed_losses = run.verify(work)
         dense_losses = walker.losses(run.dev_dense, run.windows.dev)
         _require_finite(checkpoint, [*dense_losses, *compressed_losses])
         losses = _by_window(dense_losses, world), _by_window(compressed_losses, world)
-        calibrated, memory = world.gathered(run.calibrated), world.gathered(peak_rss_gb())
+        calibrated, memory = world.gathered(len(run.windows.calibration)), world.gathered(peak_rss_gb())
         if not world.leads:
             return CompressionReport.model_validate(world.shared({}))
         inspection = inspect_checkpoint(work)
@@ -215,10 +228,12 @@ def _require_same(checkpoint: Checkpoint, world: World) -> None:
         )
 
 
-def _load(checkpoint: Checkpoint, recipe: Recipe, walker: BlockWalker, work: Path) -> Windows:
-    """All windows that `recipe` asks for, once there is room for what will be written into `work`."""
+def _load(checkpoint: Checkpoint, recipe: Recipe, walker: BlockWalker, work: Path, spilled: float) -> Windows:
+    """All windows that `recipe` asks for, once there is room for what will be written into `work`, `spilled` bytes of
+    activations among it."""
     with writer.no_empty_leftover(work):
-        writer.require_space(work, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+        parts = sum(info.nbytes for info in checkpoint.tensors.values())
+        writer.require_space(work, 2 * parts + int(spilled))
         return load_windows(
             recipe.calibration,
             load_tokenizer(checkpoint.path),
@@ -261,7 +276,7 @@ def _check_experts(recipe: Recipe, stages: Mapping[str, StageConfig], shapes: Ma
             )
 
 
-def _require_finite(checkpoint: Checkpoint, outputs: Sequence[Tensor]) -> None:
+def _require_finite(checkpoint: Checkpoint, outputs: Iterable[Tensor]) -> None:
     """Raise RunError when not all outputs of the model, dense or compressed, are finite; names a damaged tensor."""
     if all(bool(torch.isfinite(x).all()) for x in outputs):
         return

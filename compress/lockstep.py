@@ -3,7 +3,8 @@
 A linear should be solved for the inputs it will really get, which means after the linears before it (as in GPTQ's
 "true sequential" order, Frantar et al. 2022, section 4). Starting over after each of them would cost a pass per linear.
 Here each pass is a greenlet that pauses where the next linear is called; once all wait there, that linear's statistics
-are complete, it is replaced, and the same passes go on. Only what a paused pass still needs is held meanwhile.
+are complete, it is replaced, and the same passes go on. Only what a paused pass still needs is held meanwhile; where
+memory is too short for that, passes do start over.
 """
 
 from __future__ import annotations
@@ -46,14 +47,50 @@ class PausingPass:
         result: Tensor = output
         return result
 
+    def drop(self) -> None:
+        """End a pass that waits, and let go of what it holds."""
+        self._pass.throw()
+
     def _go_on(self) -> Any:
         start, self._start = self._start, ()
         return self._pass.switch(*start)
 
 
+class RestartingPass:
+    """As PausingPass for `read()`, but holds nothing while it waits: it starts over and comes to the same point again.
+
+    The linears before that point are what they were when it was there, so every input and output has the same bits.
+    """
+
+    def __init__(self, forward: Forward, read: Callable[[], Tensor]) -> None:
+        self._forward, self._read = forward, read
+        self._reached: list[str] = []
+
+    def run_to(self, name: str) -> Tensor:
+        """As PausingPass."""
+        again = self._again()
+        x = again.run_to(name)
+        again.drop()
+        self._reached.append(name)
+        return x
+
+    def finish(self) -> Tensor:
+        """As PausingPass."""
+        return self._again().finish()
+
+    def _again(self) -> PausingPass:
+        again = PausingPass(self._forward, self._read())
+        for name in self._reached:
+            again.run_to(name)
+        return again
+
+
+Pass = PausingPass | RestartingPass
+
+
 @contextmanager
 def pauses(linears: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the `with`, every PausingPass pauses right before it calls one of `linears` (name -> module)."""
+    """Within the `with`, every pass pauses right before it calls one of `linears` (name -> module)."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def pause(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -26,6 +26,14 @@ from .search.config import Search
 from .search.fitness import GATHERED, TOP
 from .search.run import space_of
 from .sensitivity import GRADIENT_BATCHES
+from .streams import (
+    activation_bytes,
+    check_budget,
+    paused_numbers,
+    spilled_bytes,
+    stream_bytes,
+    stream_tokens,
+)
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
@@ -67,13 +75,16 @@ class PlannedStage(BaseModel):
 
 class Plan(BaseModel):
     """`peak_memory_gb` (10^9 bytes) and `seconds` are modelled, from byte counts and the speed of one matmul on this
-    device; bits are defined as in `Inspection`."""
+    device; bits are defined as in `Inspection`. `activations_gb` is what the streams of activations and the passes that
+    pause need; `activations_spill` says that this is more than `activation_memory`, so that files hold them instead."""
 
     model: str
     recipe: str
     effective_bits: float
     effective_bits_model: float
     peak_memory_gb: float
+    activations_gb: float
+    activations_spill: bool
     seconds: float
     device: str
     dtype: str
@@ -89,6 +100,7 @@ def plan(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    activation_memory: float | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Plan the compression of `model` by `recipe` (arguments as in `compress_checkpoint`); reads no weights.
@@ -96,6 +108,7 @@ def plan(
     A folder with nothing but a config.json will do. Raises InputError for everything that `compress_checkpoint` would
     refuse before it starts.
     """
+    check_budget(activation_memory)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     source = resolve_model(str(model), trust_remote_code=trust_remote_code, weights=False)
     checkpoint = open_dense(source.path) if has_weights(source.path) else Outline(source.path)
@@ -137,7 +150,10 @@ def plan(
             layer = _planned_table(table, recipe.embeddings)
             rest_bits += (layer.bits_after - layer.bits_before) * prod(table.shape)
             layers.append(layer)
-    planned = _stages(walker, recipe, stages, shapes, linear_bits / 8)
+    hidden = walker.model.config.get_text_config().hidden_size
+    activations = activation_bytes(recipe, shapes, hidden, walker.dtype.itemsize)
+    spill = activation_memory is not None and activations > activation_memory * 1e9
+    planned = _stages(walker, recipe, stages, shapes, linear_bits / 8, spill)
     memory = psutil.Process().memory_info().rss
     return Plan(
         model=source.name,
@@ -145,6 +161,8 @@ def plan(
         effective_bits=linear_bits / linear_parameters,
         effective_bits_model=(linear_bits + rest_bits) / (linear_parameters + rest_parameters),
         peak_memory_gb=memory / 1e9 + max(stage.device_gb for stage in planned),
+        activations_gb=activations / 1e9,
+        activations_spill=spill,
         seconds=sum(stage.seconds for stage in planned),
         device=str(where),
         dtype=str(walker.dtype).removeprefix("torch."),
@@ -161,8 +179,9 @@ def _stages(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
     packed: float,
+    spill: bool,
 ) -> list[PlannedStage]:
-    """What each stretch of the run needs and takes; the packed linears have `packed` bytes."""
+    """What each stretch of the run needs and takes; packed linears have `packed` bytes, activations `spill` or not."""
     calibration, tuning = recipe.calibration, recipe.tuning
     text = walker.model.config.get_text_config()
     samples = 0 if tuning is None else tuning.samples or 0
@@ -176,18 +195,20 @@ def _stages(
         dev=dev_windows(calibration.samples, samples),
         length=calibration.seqlen,
         packed=packed,
+        spill=spill,
     )
     speed = matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
     bandwidth = _bandwidth(walker.device)
     found = [] if recipe.search is None else [_search_stage(walker, recipe, recipe.search, stages, shapes, speed)]
+    spilled = spilled_bytes(recipe, shapes, work.hidden, work.itemsize) if spill else 0.0
     found += [
         PlannedStage(
             name="compress",
             tokens=calibration.samples * calibration.seqlen,
-            device_gb=_peak_bytes(walker, recipe, stages, shapes) / 1e9,
+            device_gb=_peak_bytes(walker, recipe, stages, shapes, spill) / 1e9,
             host_gb=BASE / 1e9,
-            disk_gb=packed / 1e9,
-            seconds=_seconds(walker, recipe, stages, shapes, speed),
+            disk_gb=(packed + spilled) / 1e9,
+            seconds=_seconds(walker, recipe, stages, shapes, speed, spill),
         )
     ]
     costs: list[tuple[Literal["block", "end_to_end"], Cost]] = []
@@ -266,20 +287,23 @@ def _peak_bytes(
     recipe: Recipe,
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
+    spill: bool,
 ) -> float:
     """Bytes while blocks are solved, the larger of: quantized tables, and the activation streams with either the rows
-    embedded or one block at work."""
+    embedded or one block at work. Where they `spill`, one batch of them, and in the end the dev set's outputs."""
     size = walker.dtype.itemsize
     text = walker.model.config.get_text_config()
-    calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
-    streams = (compressed + dense + _tuning_tokens(recipe)) * text.hidden_size * size
+    calibration, (compressed, dense) = recipe.calibration, stream_tokens(recipe)
+    streams = 0.0 if spill else stream_bytes(recipe, text.hidden_size, size)
+    outputs = dense * text.hidden_size * size
+    if spill:
+        compressed = min(compressed, batch_size(calibration.seqlen) * calibration.seqlen)
     embedded = 2 * min(text.vocab_size, compressed) * text.hidden_size * size  # the rows, one by one and together
     block = 0.0
     for index in range(walker.n_blocks):
         names = list(walker.block_linears(index))
         held = sum(prod(shapes[n]) for n in names) * size
-        # A pass that pauses holds the residual stream, the normed one, and the input it pauses at.
-        paused = compressed * (2 * text.hidden_size + max(shapes[n][1] for n in names)) * size
+        paused = compressed * paused_numbers(text.hidden_size, (shapes[n] for n in names)) * size
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
         solver = 0
         for first, members in _inputs(stages, {n: shapes[n] for n in names}).items():
@@ -298,7 +322,7 @@ def _peak_bytes(
     if recipe.embeddings is not None:
         scheme = recipe.embeddings.integers().dense
         written = 2 * sum(stored_bits(scheme, table.shape, walker.dtype) / 8 for table in walker.tables().values())
-    return max(written, streams + max(embedded, block))
+    return max(written, outputs, streams + max(embedded, block))
 
 
 class Work(NamedTuple):
@@ -318,11 +342,26 @@ def _seconds(
     stages: Mapping[str, StageConfig],
     shapes: Mapping[str, tuple[int, int]],
     speed: float,
+    spill: bool,
 ) -> float:
     """The work of one process at this device's measured matmul speeds: `speed` in the run's dtype."""
     work = work_of(walker, recipe, stages, shapes)
+    again = 2.0 * stream_tokens(recipe)[0] * _weights_again(walker, stages, shapes) if spill else 0.0
     slow = matmul_speed(walker.device, torch.float32)
-    return work.operations / speed + work.solvers / (slow * _MATMUL_SHARE)
+    return (work.operations + again) / speed + work.solvers / (slow * _MATMUL_SHARE)
+
+
+def _weights_again(
+    walker: BlockWalker, stages: Mapping[str, StageConfig], shapes: Mapping[str, tuple[int, int]]
+) -> int:
+    """Weights that passes go through once more when they start over for each input of a block: all before it."""
+    total = 0
+    for index in range(walker.n_blocks):
+        before = 0
+        for members in _inputs(stages, {name: shapes[name] for name in walker.block_linears(index)}).values():
+            total += before
+            before += sum(prod(shapes[name]) for name in members)
+    return total
 
 
 def work_of(
@@ -334,7 +373,7 @@ def work_of(
 ) -> Work:
     """Forward passes, Hessians, solvers and the dev set's logits, modelled, divided over `processes` as a run does."""
     text = walker.model.config.get_text_config()
-    calibration, (compressed, dense) = recipe.calibration, _tokens(recipe)
+    calibration, (compressed, dense) = recipe.calibration, stream_tokens(recipe)
     tokens = calibration.samples * calibration.seqlen
     # The dev set runs through the reloaded checkpoint too, and its logits are computed dense and compressed.
     operations = 2.0 * (compressed + 2 * dense) * sum(prod(shape) for shape in shapes.values())
@@ -363,23 +402,6 @@ def work_of(
 def _packed_bytes(stage: StageConfig, shape: tuple[int, int], stored: torch.dtype) -> float:
     """Bytes of what is stored for a linear."""
     return stored_bits(stage.scheme(shape), shape, stored) / 8
-
-
-def _tokens(recipe: Recipe) -> tuple[int, int]:
-    """Tokens that run through the compressed blocks (calibration and dev sets), and through the dense ones (dev)."""
-    calibration = recipe.calibration
-    tuning = 0 if recipe.tuning is None else recipe.tuning.samples or 0
-    dev = dev_windows(calibration.samples, tuning) * calibration.seqlen
-    return calibration.samples * calibration.seqlen + dev, dev
-
-
-def _tuning_tokens(recipe: Recipe) -> int:
-    """Tokens whose activations are held for tuning beside those of `_tokens`: dense, and compressed ones to tune on."""
-    if recipe.tuning is None:
-        return 0
-    samples = recipe.calibration.samples
-    windows = max(samples, recipe.tuning.samples or 0)
-    return (windows + (windows - samples if recipe.tuning.block is not None else 0)) * recipe.calibration.seqlen
 
 
 def _bandwidth(device: torch.device) -> float:

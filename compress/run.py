@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .allocation import allocate, selecting_linears, with_sparsities
 from .blocks import BlockWalker
 from .calibration import Windows
 from .journal import Journal
-from .lockstep import PausingPass, input_groups, pauses
+from .lockstep import Forward, Pass, PausingPass, RestartingPass, input_groups, pauses
 from .memory import memory_errors, release_memory
 from .passes import StageConfig, needs_of
 from .recipe import Recipe
@@ -35,6 +35,7 @@ from .report import (
 from .sensitivity import GRADIENT_BATCHES, input_sensitivities
 from .solve import Solved, replace_linear, solve_linear
 from .statistics import InputStatistics
+from .streams import Stream
 from .tuning.block import Pairs, tune_block
 from .tuning.weights import stored_tensors, trainable_weights
 from .tuning.whole import Job, remember_teacher, tune_whole
@@ -56,17 +57,18 @@ class Run:
         journal: Journal,
         progress: OnProgress,
         world: World = ALONE,
+        spill: bool = False,
     ) -> None:
-        """`windows` are this process's share of them, in `world`."""
+        """`windows` are this process's share of them, in `world`. With `spill`, activations are in the journal's
+        folder, one batch at a time in memory."""
         self.walker, self.stages, self.embeddings, self.windows = walker, stages, recipe.embeddings, windows
         self.tuning, self.seed = recipe.tuning, recipe.calibration.seed
-        self.journal, self.progress, self.world = journal, progress, world
-        self.hidden: list[Tensor] = []  # calibration activations of the compressed model ...
-        self.more: list[Tensor] = []  # ... and those of further windows to tune on
-        self.dense: list[Tensor] = []  # both of the dense model, when there is something to tune
-        self.dev: list[Tensor] = []  # dev-set activations of the compressed model ...
-        self.dev_dense: list[Tensor] = []  # ... and of the dense one
-        self.calibrated = 0  # how many calibration windows they hold
+        self.journal, self.progress, self.world, self.spill = journal, progress, world, spill
+        self.hidden = Stream()  # calibration activations of the compressed model ...
+        self.more = Stream()  # ... and those of further windows to tune on
+        self.dense = Stream()  # both of the dense model, when there is something to tune
+        self.dev = Stream()  # dev-set activations of the compressed model ...
+        self.dev_dense = Stream()  # ... and of the dense one
         self.tensors = walker.stored()
         self.layers: list[LayerReport] = []
         self.tables: list[TableReport] = []
@@ -77,23 +79,33 @@ class Run:
         walker = self.walker
         self.progress(Progress("embed", 0, 1))
         table = self._quantized_embedding()
-        self.hidden = walker.embed(self.windows.calibration, table)
-        self.dev = walker.embed(self.windows.dev, table)
-        self.dev_dense = [x.clone() for x in self.dev] if table is None else walker.embed(self.windows.dev)
+        self.hidden = self._embed(walker, self.windows.calibration, table)
+        self.dev = self._embed(walker, self.windows.dev, table)
+        copied = table is None
+        self.dev_dense = self._stream(x.clone() for x in self.dev) if copied else self._embed(walker, self.windows.dev)
         if self.tuning is not None:
-            if self.tuning.block is not None and self.windows.tuning:
-                self.more = walker.embed(self.windows.tuning, table)
-            parts = [part for part in (self.windows.calibration, self.windows.tuning) if part]
-            self.dense = [x for part in parts for x in walker.embed(part)]
-        self.calibrated = sum(len(x) for x in self.hidden)
+            if self.tuning.block is not None:
+                self.more = self._embed(walker, self.windows.tuning, table)
+            self.dense = self._embed(walker, self.windows.calibration) + self._embed(walker, self.windows.tuning)
         release_memory()
         resumed = 0
         for index in range(walker.n_blocks):
             with memory_errors(walker.block_prefix(index)):
                 resumed += self._one_block(index)
             release_memory()
-        self.hidden, self.more = [], []  # what follows needs the memory
+        self.hidden, self.more = Stream(), Stream()  # what follows needs the memory
         return resumed
+
+    def _stream(self, batches: Iterable[Tensor]) -> Stream:
+        return Stream.in_file(batches, self.journal.folder) if self.spill else Stream(batches)
+
+    def _passes(self, run: Forward, stream: Stream) -> list[Pass]:
+        if self.spill:
+            return [RestartingPass(run, partial(stream.__getitem__, number)) for number in range(len(stream))]
+        return [PausingPass(run, x) for x in stream]
+
+    def _embed(self, walker: BlockWalker, windows: list[Tensor], table: Table | None = None) -> Stream:
+        return self._stream((walker.embedded if self.spill else walker.embed)(windows, table))
 
     def _quantized_embedding(self) -> Table | None:
         """Quantize the embedding and the head, or take them from the journal, when the recipe says so."""
@@ -125,7 +137,7 @@ class Run:
             first, others = self.dev_dense[:1], self.dev_dense[1:]  # none, where processes outnumber dev windows
             groups = input_groups(linears, lambda: self._propagate(index, block, first)) if first else []
             groups = self.world.shared(groups)
-            self._propagate(index, block, [*others, *self.dense])
+            self._propagate(index, block, others + self.dense)
             entry = self.journal.done(part)
             resumed = entry is not None
             if entry is not None:
@@ -151,7 +163,7 @@ class Run:
                 )
                 del packed
             if resumed or self._tunes_blocks:
-                self._propagate(index, block, [*self.hidden, *self.more, *self.dev])
+                self._propagate(index, block, self.hidden + self.more + self.dev)
             entry = self.journal.done(part) or {}
             self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
             self.tuned += [TuningReport.model_validate(report) for report in entry["tuning"]]
@@ -183,7 +195,7 @@ class Run:
             return []
         walker, prefix, settings = self.walker, self.walker.block_prefix(index), self.tuning.block
         weights = trainable_weights(block, prefix, self.stages, packed, self.tensors, settings.train, dense)
-        train = Pairs([*self.hidden, *self.more], self.dense)
+        train = Pairs(self.hidden + self.more, self.dense)
         dev = Pairs(self.dev, self.dev_dense)
         report = tune_block(
             walker,
@@ -202,10 +214,10 @@ class Run:
         release_memory()
         return [report]
 
-    def _propagate(self, index: int, block: nn.Module, stream: list[Tensor]) -> None:
+    def _propagate(self, index: int, block: nn.Module, stream: Stream) -> None:
         """Replace the block's inputs in `stream` by its outputs."""
-        for x in stream:
-            x.copy_(self.walker.run(index, block, x))
+        for number, x in enumerate(stream):
+            stream.store(number, self.walker.run(index, block, x))
 
     @torch.no_grad()
     def _solve(
@@ -226,13 +238,13 @@ class Run:
 
         # Not `walker.run`: a pass that is dropped half-way would restore the grad mode it found, whenever that happens.
         run = partial(walker.call, index, block, weights={})
-        calibration, dev = ([PausingPass(run, x) for x in stream] for stream in (self.hidden, self.dev))
+        calibration, dev = self._passes(run, self.hidden), self._passes(run, self.dev)
         with pauses({group[0]: linears[group[0]] for group in groups}):
             for group in groups:
                 hessian = any(needs_of(self.stages[name]) == "hessian" for name in group)
                 statistics = InputStatistics(linears[group[0]].in_features, hessian, walker.device)
-                # The paused passes hold these tensors themselves.
-                seen, unseen = ([forward.run_to(group[0]) for forward in passes] for passes in (calibration, dev))
+                # Passes that pause hold these tensors themselves.
+                seen, unseen = (self._stream(f.run_to(group[0]) for f in passes) for passes in (calibration, dev))
                 statistics.collect(seen, self.world)
                 routed: dict[str, float] = {}
                 if stack_of(group[0]) is not None:
@@ -258,10 +270,11 @@ class Run:
                 del statistics, seen, unseen
                 release_memory()  # and the other way round
             # Nobody calibrates on the last block's outputs, and a block to be tuned needs its inputs once more.
-            unfinished = [*zip(calibration, self.hidden, strict=True)] if index + 1 < walker.n_blocks else []
-            unfinished += zip(dev, self.dev, strict=True)
-            for forward, x in [] if self._tunes_blocks else unfinished:
-                x.copy_(forward.finish())
+            last = index + 1 == walker.n_blocks
+            unfinished = [(dev, self.dev)] if last else [(calibration, self.hidden), (dev, self.dev)]
+            for passes, stream in [] if self._tunes_blocks else unfinished:
+                for number, forward in enumerate(passes):
+                    stream.store(number, forward.finish())
         return layers, packed
 
     def whole(self, identity: str) -> list[str]:
@@ -289,10 +302,10 @@ class Run:
             self.progress(Progress("end_to_end", done, total, text))
 
         remember_teacher(job, self.dense, self.dev_dense, say)
-        self.dense = []
+        self.dense = Stream()
         release_memory()
         tuned = tune_whole(job, say)
-        self.dev = tuned.dev
+        self.dev = Stream(tuned.dev)
         self.tuned.append(tuned.report)
         return [*others, *tuned.parts]
 
@@ -318,15 +331,15 @@ class Run:
         Raises RunError on a mismatch.
         """
         reloaded = BlockWalker(Checkpoint(folder), self.walker.device, self.walker.dtype)
-        stream = reloaded.embed(self.windows.dev)
+        stream = self._embed(reloaded, self.windows.dev)
         for index in range(reloaded.n_blocks):
             with reloaded.block(index) as block:
                 if self.walker.dtype not in _TOLERANCE:
                     # In 16 bits the run multiplies effective weights rounded to the dtype; kernels and branches do not
                     # round them, and over many blocks that adds up to more than a damaged tensor might.
                     expand_linears(block, self.walker.dtype)
-                for x in stream:
-                    x.copy_(reloaded.run(index, block, x))
+                for number, x in enumerate(stream):
+                    stream.store(number, reloaded.run(index, block, x))
             release_memory()
         apart = [float((a - b).norm() / b.norm()) for a, b in zip(stream, self.dev, strict=True)]
         difference = max(found for part in self.world.gathered(apart) for found in part)

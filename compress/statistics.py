@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +36,17 @@ class InputStatistics:
     def collect(self, inputs: Sequence[Tensor], world: World) -> None:
         """Accumulate all processes' `inputs` `[..., K]`, in the order of the processes: to the bit what one process
         gets that adds them all."""
-        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
-        self.tokens += world.total(sum(map(len, rows)))
+
+        def rows() -> Iterator[Tensor]:
+            return (x.reshape(-1, x.shape[-1]) for x in inputs)
+
+        self.tokens += world.total(sum(map(len, rows())))
         if self._sum.ndim == 2:
-            add_grams(self._sum, lambda: rows, world)
+            add_grams(self._sum, rows, world)
             return
 
         def add(_: Sequence[int]) -> None:
-            for x in rows:
+            for x in rows():
                 self._sum += x.float().square().sum(0)
 
         world.chain(self._sum, {0: self._sum}, add)

@@ -51,6 +51,7 @@ def compress_to_target(
     trials: int = 6,
     overwrite: bool = False,
     fresh: bool = False,
+    activation_memory: float | None = None,
     progress: OnProgress = silent,
     **options: Any,
 ) -> TargetReport:
@@ -74,6 +75,7 @@ def compress_to_target(
         place = folder / f"{removed:.6f}"
         trial = _finished(place, removed)
         if trial is None:
+            options["activation_memory"] = activation_memory  # may differ from what the trials began with
             compress_checkpoint(model, with_removed(recipe, removed), place, progress=progress, **options)
             trial = _finished(place, removed)
             assert trial is not None  # it has a report

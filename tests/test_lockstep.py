@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from halfweight.compress.lockstep import PausingPass, input_groups, pauses
+from halfweight.compress.lockstep import PausingPass, RestartingPass, input_groups, pauses
 from halfweight.compress.statistics import spread_rows
 from halfweight.serving.errors import RunError
 
@@ -43,10 +44,13 @@ def test_linears_on_one_tensor_form_a_group(block: Attention) -> None:
     assert not block.hooked()
 
 
-def test_each_linear_is_solved_for_what_the_solved_ones_before_it_give(block: Attention) -> None:
+@pytest.mark.parametrize("start", [PausingPass, lambda forward, x: RestartingPass(forward, lambda: x)])
+def test_each_linear_is_solved_for_what_the_solved_ones_before_it_give(
+    start: Callable[..., PausingPass | RestartingPass], block: Attention
+) -> None:
     """Replacing linears one by one in paused passes equals running the changed block from the start each time."""
     inputs = [torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(tokens)) for tokens in (3, 5, 4)]
-    passes = [PausingPass(block, x) for x in inputs]
+    passes = [start(block, x) for x in inputs]
     with pauses({name: block.linears()[name] for name in ("q", "copy", "o")}):
         for name, group in (("q", ["q", "k", "v"]), ("copy", ["copy"]), ("o", ["o"])):
             got = [forward.run_to(name) for forward in passes]

@@ -125,8 +125,10 @@ def outputs(x: Tensor, linear: nn.Linear) -> Tensor:
 def read_share(inputs: Sequence[Tensor], linear: SelectingLinear, world: World = ALONE) -> float:
     """The share of its `inputs` `[..., K]`, those of all processes, that a linear with a selection reads."""
     assert linear.selection is not None  # the caller has just chosen it
-    read = [reference.selected(x.reshape(-1, x.shape[-1]), linear.selection, 0) for x in inputs]
-    chosen, seen = sum(int(part.sum()) for part in read), sum(part.numel() for part in read)
+    chosen = seen = 0
+    for x in inputs:
+        read = reference.selected(x.reshape(-1, x.shape[-1]), linear.selection, 0)
+        chosen, seen = chosen + int(read.sum()), seen + read.numel()
     return world.total(chosen) / world.total(seen)
 
 
@@ -157,14 +159,14 @@ class UnreadInputs:
 
     def collect(self, inputs: Sequence[Tensor], selection: Selection, world: World = ALONE) -> None:
         """Accumulate what `selection` leaves out of `inputs` `[..., K]`, those of all processes."""
-        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
 
         def unread() -> Iterator[Tensor]:
-            for x in rows:
+            for x in inputs:
+                x = x.reshape(-1, x.shape[-1])
                 yield x.masked_fill(_read(scores(x, selection.norms), selection), 0)
 
         add_grams(self._total, unread, world)
-        self._tokens += world.total(sum(map(len, rows)))
+        self._tokens += world.total(sum(x.numel() // x.shape[-1] for x in inputs))
 
     def branch(self, weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`V` `[K, rank]`, rounded to `dtype`, and `U` `[N, rank]`, both fp32, for `weight` `[N, K]` fp32, the

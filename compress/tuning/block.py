@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Inputs of the compressed block and wanted outputs, in batches `[B, T, D]`."""
+    """Inputs of the compressed block and wanted outputs, in batches `[B, T, D]`, looked at as seldom as can be."""
 
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
@@ -189,11 +189,12 @@ class _Training:
     def dev_loss(self) -> float:
         """The loss on the dev set."""
         weights = self.cast({name: module() for name, module in self.weights.items()})
-        found = [
-            float(distance(self.walker.call(self.index, self.block, x, weights), target)) * x.shape[0] * x.shape[1]
-            for x, target in zip(self.dev.inputs, self.dev.targets, strict=True)
-        ]
-        return sum(found) / self.dev.tokens
+        found, tokens = 0.0, 0
+        for x, target in zip(self.dev.inputs, self.dev.targets, strict=True):
+            size = x.shape[0] * x.shape[1]
+            found += float(distance(self.walker.call(self.index, self.block, x, weights), target)) * size
+            tokens += size
+        return found / tokens
 
     def cast(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`weights` in the dtype the block computes in."""

@@ -29,7 +29,8 @@ BASE = 2e9  # a process with torch and transformers in it
 @dataclass(frozen=True)
 class Workload:
     """The model and the text: linears of each block, hidden size, vocabulary, bytes of a computed number; windows
-    trained on and held out, and their length; bytes of all packed linears and of one block's."""
+    trained on and held out, and their length; bytes of all packed linears; whether activations are in files while
+    blocks are at work."""
 
     blocks: list[Shapes]
     stages: Mapping[str, StageConfig]
@@ -40,6 +41,7 @@ class Workload:
     dev: int
     length: int
     packed: float
+    spill: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,7 +76,8 @@ def block_cost(work: Workload, settings: BlockTuning) -> Cost:
     largest = max(work.blocks, key=work.weights)
     weights, total = work.weights(largest), sum(work.weights(block) for block in work.blocks)
     trained = sum(numbers(work, name, shape, settings.train) for name, shape in largest.items())
-    streams = 2 * (work.tokens + work.dev * work.length) * work.hidden * work.itemsize
+    held = max(settings.batch * work.length, work.item) if work.spill else work.tokens + work.dev * work.length
+    streams = 2 * held * work.hidden * work.itemsize
     device = streams + 2 * weights * work.itemsize + _TRAINED * trained + _EXPANDED * weights + _block(work, largest)
     looks = settings.evaluations * work.dev * work.length
     steps = _steps(work, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ _FLOOR = 1e-6  # of the probability of everything outside the top
 
 
 def write_teacher(
-    walker: BlockWalker, texts: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]], k: int, file: Path
+    walker: BlockWalker, texts: Mapping[str, tuple[Iterable[Tensor], Sequence[Tensor]]], k: int, file: Path
 ) -> None:
     """Write the dense model's `k` most likely next tokens for every position but the last of the `texts`' windows.
 

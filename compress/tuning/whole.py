@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,7 +49,7 @@ class Tuned:
     report: TuningReport
 
 
-def remember_teacher(job: Job, dense: list[Tensor], dev_dense: list[Tensor], say: Say) -> None:
+def remember_teacher(job: Job, dense: Iterable[Tensor], dev_dense: Iterable[Tensor], say: Say) -> None:
     """Keep the dense model's predictions on disk, from its last block's outputs, unless they are there already."""
     if job.journal.done(teacher.PART) is None:
         say(0, 1, "the dense model's predictions")
