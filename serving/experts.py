@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .errors import InputError
 
 # Families whose experts compute down(act(gate(x)) * up(x)), weighted, and nothing else.
 _FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+_TRANSFORMERS = (5, 23)  # the oldest release that was tried and merges experts on loading as is done here
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STORED = re.compile(r"(\.experts\.\d+\.)(w[123])(\.weight)$")
 _DENSE = re.compile(r"\.mlp(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.weight$")
@@ -67,7 +69,8 @@ class Experts(nn.ModuleList):
 def unfuse(model: Any, wanted: Iterable[str] | None = None) -> None:
     """Replace, in place, the fused experts of `model`, or those `wanted` by the names of their modules.
 
-    Raises InputError for experts of a model family that is not supported.
+    Raises InputError for experts of a model family that is not supported, or on a transformers that stores and merges
+    them in other ways.
     """
     chosen = None if wanted is None else set(wanted)
     for name, module in list(model.named_modules()):
@@ -78,6 +81,10 @@ def unfuse(model: Any, wanted: Iterable[str] | None = None) -> None:
             raise InputError(
                 f"{name}: fused experts of model type {family!r} are not supported; those of {', '.join(_FAMILIES)} are"
             )
+        installed = version("transformers")
+        if tuple(map(int, installed.split(".")[:2])) < _TRANSFORMERS:
+            needed = ".".join(map(str, _TRANSFORMERS))
+            raise InputError(f"{name}: experts need transformers {needed} or newer; this is {installed}")
         model.set_submodule(name, Experts(module).train(module.training))
 
 

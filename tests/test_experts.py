@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,6 +24,8 @@ from halfweight.triton_kernels.formats import two_four
 from runs import change_tensor, contents, fails, interrupt, parsed, stop_in_block
 from tiny import MIXTURES
 
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+pytestmark = pytest.mark.skipif(OLD, reason="experts need transformers 5.23")
 TOKENS = 4 * 32  # of the calibration
 Make = Callable[..., Path]
 
@@ -182,3 +185,10 @@ def test_experts_of_another_make_are_refused() -> None:
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match="fused experts of model type 'gpt_oss' are not supported"):
         unfuse(model)
+
+
+def test_an_old_transformers_is_refused(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("olmoe")
+    monkeypatch.setattr("halfweight.serving.experts.version", lambda name: "5.0.0")
+    with pytest.raises(InputError, match=r"experts need transformers 5\.23 or newer; this is 5\.0\.0"):
+        BlockWalker(Checkpoint(model), torch.device("cpu"), torch.float32)
