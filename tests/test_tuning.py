@@ -258,7 +258,7 @@ def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
 
 # --- recipes and plans ---------------------------------------------------------------------------------------------
 
-BEST = ["2of4-best", "2of4-w4-best", "gqsa-w4s50-best", "w2-g64-best", "w4-g64-best"]
+BEST = ["2of4-best", "2of4-w4-best", "gqsa-w4s50-best", "gqsa-w4s50-lowrank-best", "w2-g64-best", "w4-g64-best"]
 
 
 def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_after() -> None:
