@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 # Projections that inference servers fuse into one matmul: they must share one scheme.
 FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+MOST = 1 << 20  # inputs, outputs or ranks that a config may speak of, so that no size made of them overflows
+
 _NM = re.compile(r"(\d+):(\d+)")
 _GROUP = re.compile(r"1x(\d+)")
 _OUTPUT_GROUP = re.compile(r"(\d+)x1")
@@ -77,7 +79,7 @@ class IntegerScheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Literal[4, 8] = 4
-    group_size: int = Field(ge=2, multiple_of=2)
+    group_size: int = Field(ge=2, le=MOST, multiple_of=2)
     symmetric: bool = False
     along: Literal["inputs", "outputs"] = "inputs"
 
@@ -95,7 +97,7 @@ class LowRankScheme(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=MOST)
     integers: IntegerScheme | None = None
 
     @property
@@ -172,7 +174,7 @@ class LinearScheme(BaseModel):
     pattern: Annotated[str, AfterValidator(_scheme_pattern)]
     density: float = Field(gt=0, le=1)
     integers: IntegerScheme | None = None
-    kept: int | None = Field(default=None, ge=0)
+    kept: int | None = Field(default=None, ge=0, le=MOST**2)
     segments: Literal[1, 2, 4, 8] = 1
     balance: Literal["row", "layer"] = "row"
     low_rank: LowRankScheme | None = None

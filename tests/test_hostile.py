@@ -148,6 +148,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "impossible pattern": (edit_config(named(pattern="9:4")), "9:4"),
     "unknown pattern": (edit_config(named(pattern="x\ny")), "pattern"),
     "density above one": (edit_config(named(density=1.5)), "density"),
+    "gigantic groups": (
+        edit_config(named(pattern="dense", density=1.0, integers={"group_size": 2**63, "along": "outputs"})),
+        "group_size",
+    ),
     "density nan": (edit_config(named(density=float("nan"))), "density"),
     "linears not a mapping": (edit_config(lambda c: c.update(linears=[Q])), "linears"),
     "no linears": (edit_config(lambda c: c.pop("linears")), "linears"),

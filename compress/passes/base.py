@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from ...serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, Pattern, SelectionScheme, parse_nm
+from ...serving.scheme import MOST, IntegerScheme, LinearScheme, LowRankScheme, Pattern, SelectionScheme, parse_nm
 from ...serving.storage import stored_bits
 from ...triton_kernels.formats.integers import Quantized
 from ..statistics import InputStatistics
@@ -26,7 +26,7 @@ class LowRankSettings(BaseModel):
 
     fraction: float = Field(default=0.1, gt=0, le=1)
     bits: Literal[4, 8] | None = None
-    group_size: int = Field(default=64, ge=2, multiple_of=2)
+    group_size: int = Field(default=64, ge=2, le=MOST, multiple_of=2)
 
     def scheme(self, shape: tuple[int, int]) -> LowRankScheme:
         """The branch beside a linear of `shape` `(N, K)`."""
@@ -226,7 +226,7 @@ class IntegerSettings(BaseModel):
     """
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = Field(default=64, ge=2, multiple_of=2)
+    group_size: int = Field(default=64, ge=2, le=MOST, multiple_of=2)
     symmetric: bool = False
     candidates: int = Field(default=20, ge=1, le=1000)
 
