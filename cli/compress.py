@@ -15,25 +15,15 @@ if TYPE_CHECKING:
     from ..compress.report import CompressionReport
     from ..compress.target import TargetReport
 
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to calibrate on: a .txt or .jsonl file, a hub dataset, builtin, or self (the model's own)."
-    ),
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows; overrides the recipe (default 32).")]
-Seqlen = Annotated[int | None, typer.Option(min=2, help="Tokens per window; overrides the recipe (default 1024).")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the windows; overrides the recipe (default 0).")]
-
 
 def compress(
     model: options.Model,
     output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create.")],
     recipe: options.RecipeName = "2of4-admm",
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    seed: Seed = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
     embeddings: options.EmbeddingBits = None,
     tuning: options.Tuning = None,
     tuning_samples: options.TuningSamples = None,

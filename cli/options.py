@@ -21,6 +21,15 @@ def _writable(file: Path | None) -> Path | None:
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or [bold]demo[/].")]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name or a YAML file.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: a .txt or .jsonl file, a hub dataset, builtin, or self (the model's own)."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows; overrides the recipe (default 32).")]
+Seqlen = Annotated[int | None, typer.Option(min=2, help="Tokens per window; overrides the recipe (default 1024).")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the windows; overrides the recipe (default 0).")]
 EmbeddingBits = Annotated[
     int | None,
     typer.Option("--embeddings", metavar="BITS", help="Also round the embedding and the head: 8 or 4 bits."),

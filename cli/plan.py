@@ -13,6 +13,8 @@ STAGE_NAMES = {"search": "search", "compress": "compress", "block": "tune by blo
 def plan(
     model: options.Model,
     recipe: options.RecipeName = "2of4-admm",
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
     embeddings: options.EmbeddingBits = None,
     tuning: options.Tuning = None,
     tuning_samples: options.TuningSamples = None,
@@ -41,7 +43,8 @@ def plan(
     from ..compress.plan import plan as make_plan
     from ..compress.recipe import Recipe
 
-    loaded = Recipe.load(recipe).with_embeddings(embeddings).with_search(search, search_trials)
+    loaded = Recipe.load(recipe).with_calibration(samples=samples, seqlen=seqlen)
+    loaded = loaded.with_embeddings(embeddings).with_search(search, search_trials)
     loaded = loaded.with_tuning(
         tuning, samples=tuning_samples, block_epochs=block_epochs, end_to_end_epochs=end_to_end_epochs
     )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .compress import Calibration, Samples, Seed, Seqlen
 from .output import human_seconds, out, progress_bars, say, table, write_json
 
 if TYPE_CHECKING:
@@ -31,10 +30,10 @@ def sweep(
         Path | None, typer.Option(metavar="FILE", help="Text to score; default: the held-out text that ships.")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Score only the first N windows; default: all.")] = None,
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    seed: Seed = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
     plot: Annotated[bool, typer.Option(help="Draw DIR/sweep.svg and DIR/sweep.png (needs matplotlib).")] = True,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard what DIR holds of another or unfinished sweep.")

@@ -158,6 +158,8 @@ def test_inspect_and_plan_agree(llama: Path, recipe: Path, compressed: Path, cli
     assert planned["peak_memory_gb"] > 0
     assert planned["seconds"] > 0
     assert planned["blocks"] == 2
+    ok(cli("plan", llama, "--recipe", recipe, "--samples", 5, "--seqlen", 32, "--json", tmp_path / "flags.json"))
+    assert read(tmp_path / "flags.json")["stages"][0]["tokens"] == 5 * 32
 
 
 def test_inspect_shows_a_dense_model_too(llama: Path, cli: Cli, tmp_path: Path) -> None:
