@@ -3,7 +3,7 @@
     python scripts/streaming.py --folder FOLDER --depths 12 24 48 --recipe 2of4-wanda --json streaming.json
 
 Writes a Llama-shaped checkpoint of random bf16 weights in shards of four blocks (hidden size 2048, 8192 inside the MLP;
-6.5 GB at 48 blocks) into FOLDER, once; shallower models are its first blocks. Each is compressed by the command line in
+6.1 GB at 48 blocks) into FOLDER, once; shallower models are its first blocks. Each is compressed by the command line in
 a process of its own, whose wall time and largest resident set the kernel reports, beside what `plan` says beforehand.
 Random weights say nothing about quality: these runs are about time and memory.
 """
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from halfweight.eval.text import builtin_text
 
-HIDDEN, INSIDE, HEADS, KEYS, VOCABULARY, BLOCKS_PER_SHARD = 2048, 8192, 32, 8, 8192, 4
+HIDDEN, INSIDE, HEADS, KEYS, VOCABULARY, BLOCKS_PER_SHARD = 2048, 8192, 32, 8, 65536, 4
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -21,6 +21,16 @@ from . import FormatError
 
 GROUP = 4
 KEPT = 2
+_TOO_MANY = 255
+
+
+def _nibble(used: int) -> int:
+    """Metadata of a group by its non-zeros (bit i is position i): they, then the lowest free positions."""
+    kept = sorted(sorted(range(GROUP), key=lambda position: not used >> position & 1)[:KEPT])
+    return kept[0] | kept[1] << 2 if used.bit_count() <= KEPT else _TOO_MANY
+
+
+_NIBBLES = [_nibble(used) for used in range(2**GROUP)]
 
 
 def packed_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -35,21 +45,22 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a 2:4 sparse `weight` `[..., N, K]` into `(values, meta)`; raises FormatError off the pattern."""
     shapes = packed_shapes(tuple(weight.shape))
     groups = weight.unflatten(-1, (-1, GROUP))
-    excess = (groups != 0).sum(-1) > KEPT
+    used = torch.zeros(groups.shape[:-1], dtype=torch.uint8, device=weight.device)  # a bit per non-zero
+    for position in range(GROUP):
+        used |= (groups[..., position] != 0).to(torch.uint8) << position
+    nibbles = torch.tensor(_NIBBLES, dtype=torch.uint8, device=weight.device)[used.int()]
+    excess = nibbles == _TOO_MANY
     if bool(excess.any()):
         where = excess.nonzero()[0].tolist()
         raise FormatError(
             f"{int(excess.sum())} groups have more than {KEPT} non-zeros;"
             f" the first is row {where[:-1]}, group {where[-1]}"
         )
-    # A stable sort puts the non-zeros first and, among zeros, the lowest positions; then back to ascending order.
-    order = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :KEPT].sort(dim=-1).values
-    values = groups.gather(-1, order).reshape(shapes["values"]).contiguous()
-    nibbles = (order[..., 0] | order[..., 1] << 2).to(torch.uint8)
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
     meta = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    return values, meta.contiguous()
+    values = groups.gather(-1, _positions(meta, groups.shape[-2])).reshape(shapes["values"])
+    return values, meta
 
 
 def unpack(values: Tensor, meta: Tensor) -> Tensor:
