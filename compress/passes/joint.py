@@ -38,7 +38,7 @@ def sweep_and_descend(
     outputs = settings.group_size if settings.along == "outputs" else None
     width = 1 if outputs else settings.group_size
     order, spans = group_order(hessian.diagonal(), width, settings.activation_order, inside_order)
-    upper, damping = inverse_upper_factor(hessian[order][:, order], settings.damping)
+    upper, damping = inverse_upper_factor(hessian[order[:, None], order], settings.damping)
     swept = sweep(
         start,
         upper,
@@ -54,15 +54,18 @@ def sweep_and_descend(
     stats, wanted = {"damping": damping}, output_power(target, hessian)
     if start is not target:
         stats["error_pruned"] = relative_loss(target, start, hessian, wanted)
+    codes, mask, moved = swept.codes, swept.mask, float((swept.weight - target).square().sum())
+    grid = swept.grid
+    del swept, start  # the descent holds as many arrays again
     undamped = hessian.diagonal().clone()
     shift = damping * float(undamped.mean())
     hessian.diagonal().add_(shift)
     found = descend(
         target,
         hessian,
-        swept.codes,
-        swept.grid,
-        None if choose is None else swept.mask,
+        codes,
+        grid,
+        None if choose is None else mask,
         allowed=allowed,
         group_size=settings.group_size,
         rounds=settings.descents,
@@ -73,12 +76,12 @@ def sweep_and_descend(
     values = grid_values(codes, spread_grid(found.grid, settings.group_size, codes.shape[1]))
     weight = values.T.contiguous() if outputs else values
 
-    def undamped_error(power: float, weight: Tensor) -> float:
-        return max(0.0, power - shift * float((weight - target).square().sum())) / wanted if wanted else 0.0
+    def undamped_error(power: float, distance: float) -> float:
+        return max(0.0, power - shift * distance) / wanted if wanted else 0.0
 
-    stats["error_swept"] = undamped_error(found.before, swept.weight)
-    stats["error"] = undamped_error(found.after, weight)
-    return PruneResult(weight, swept.mask, stats, as_quantized(codes, found.grid, allowed))
+    stats["error_swept"] = undamped_error(found.before, moved)
+    stats["error"] = undamped_error(found.after, float((weight - target).square().sum()))
+    return PruneResult(weight, mask, stats, as_quantized(codes, found.grid, allowed))
 
 
 def relative_loss(target: Tensor, weight: Tensor, hessian: Tensor, wanted: float) -> float:

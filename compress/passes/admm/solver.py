@@ -41,12 +41,12 @@ def least_squares(
 ) -> tuple[Tensor, Tensor, float]:
     """Weights `[N, K]` exactly zero off their mask, the mask, and the damping used.
 
-    `weight` `[N, K]`; `hessian` `[K, K]` has a positive diagonal. `choose(score [N, K] >= 0, step from 1)` is the mask
-    to keep at a step; it must reach the target pattern by the last.
+    `weight` `[N, K]`; `hessian` `[K, K]` has a positive diagonal and is overwritten. `choose(score [N, K] >= 0, step
+    from 1)` is the mask to keep at a step; it must reach the target pattern by the last.
     """
     norm = hessian.diagonal().sqrt()
     target = weight * norm
-    hessian = (hessian / norm).div_(norm[:, None])
+    hessian.div_(norm).div_(norm[:, None])
     hessian.diagonal().add_(settings.damping)
     inverse, damping = _shifted_inverse(hessian, settings.penalty)
     pull = target @ hessian
@@ -67,12 +67,12 @@ def least_squares(
 
 
 def _shifted_inverse(hessian: Tensor, penalty: float) -> tuple[Tensor, float]:
-    """`(hessian + penalty I)^-1` `[K, K]`, and the damping that factoring it took."""
-    shifted = hessian.clone()
-    shifted.diagonal().add_(penalty)
-    factor, damping = damped_cholesky(shifted, 1e-6)
-    del shifted
-    return torch.cholesky_inverse(factor), damping
+    """`(hessian + penalty I)^-1` `[K, K]`, and the damping that factoring it took; `hessian` is restored."""
+    diagonal = hessian.diagonal().clone()
+    hessian.diagonal().add_(penalty)
+    factor, damping = damped_cholesky(hessian, 1e-6)
+    hessian.diagonal().copy_(diagonal)
+    return torch.cholesky_inverse(factor, out=factor), damping
 
 
 def gradual_mask(score: Tensor, config: ADMMConfig, step: int) -> Tensor:

@@ -41,6 +41,7 @@ def solve(weight: Tensor, statistics: InputStatistics, config: GQSAConfig) -> Pr
         choice = _choice(config, (weight.shape[0], weight.shape[1]), hessian.diagonal())
         return sweep_and_descend(weight, weight, hessian, config, inside_order=config.nm is None, choose=choice)
     start, mask, _ = least_squares(weight, hessian, config, lambda score, step: _gradual_mask(score, config, step))
+    weight, hessian, _ = revive_dead_inputs(weight, statistics.hessian)
     return sweep_and_descend(weight, start, hessian, config, choose=lambda upper, order, spans: fixed(mask, order))
 
 
