@@ -20,7 +20,7 @@ from ..serving.tables import Table
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
 from .outline import Outline, has_weights
-from .passes import StageConfig, needs_of
+from .passes import PASSES, StageConfig, needs_of
 from .recipe import Embeddings, Recipe
 from .search.config import Search
 from .search.fitness import GATHERED, TOP
@@ -37,12 +37,7 @@ from .streams import (
 from .tuning.cost import BASE, Cost, Workload, block_cost, end_to_end_cost
 from .vocabulary import check_supported
 
-_SOLVER_COPIES = {
-    "nothing": 2,
-    "norms": 3,
-    "hessian": 8,
-}  # fp32 arrays of a weight's size a solver holds at most
-_HESSIAN_COPIES = 4  # damped copy, factor, inverse, accumulated sum
+_LATE_CODE = 85e6  # bytes of code, tables and thread buffers that a run loads and `plan` does not (measured)
 _MATMUL_SHARE = 0.6  # assumed fraction of large-matmul speed that a whole run reaches
 
 
@@ -160,7 +155,7 @@ def plan(
         recipe=recipe.name,
         effective_bits=linear_bits / linear_parameters,
         effective_bits_model=(linear_bits + rest_bits) / (linear_parameters + rest_parameters),
-        peak_memory_gb=memory / 1e9 + max(stage.device_gb for stage in planned),
+        peak_memory_gb=(memory + _LATE_CODE) / 1e9 + max(stage.device_gb for stage in planned),
         activations_gb=activations / 1e9,
         activations_spill=spill,
         seconds=sum(stage.seconds for stage in planned),
@@ -303,15 +298,13 @@ def _peak_bytes(
     for index in range(walker.n_blocks):
         names = list(walker.block_linears(index))
         held = sum(prod(shapes[n]) for n in names) * size
+        held += sum(_packed_bytes(stages[n], shapes[n], walker.dtype) for n in names if n in stages)
         paused = compressed * paused_numbers(text.hidden_size, (shapes[n] for n in names)) * size
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
         solver = 0
         for first, members in _inputs(stages, {n: shapes[n] for n in names}).items():
-            needs, selection = needs_of(stages[first]), stages[first].selection
-            fits = selection is not None and selection.fits
-            k, n = shapes[first][1], max(shapes[name][0] for name in members)
-            hessians = 4 * k * k * _HESSIAN_COPIES if needs == "hessian" or fits else 4 * k
-            solver = max(solver, 4 * n * k * _SOLVER_COPIES[needs] + hessians)
+            rows = max(shapes[name][0] for name in members)
+            solver = max(solver, _solver_bytes(stages[first], rows, shapes[first][1]))
         gradients = 0  # what a backward pass through the block needs
         if any(stages[name].needs_gradients for name in names if name in stages):
             gradients = (
@@ -323,6 +316,16 @@ def _peak_bytes(
         scheme = recipe.embeddings.integers().dense
         written = 2 * sum(stored_bits(scheme, table.shape, walker.dtype) / 8 for table in walker.tables().values())
     return max(written, outputs, streams + max(embedded, block))
+
+
+def _solver_bytes(stage: StageConfig, n: int, k: int) -> int:
+    """What is held while a linear `[N, K]` is solved."""
+    like_weight, like_hessian = PASSES[stage.name].arrays
+    if stage.low_rank is not None:  # solved again beside what was found before
+        like_weight, like_hessian = like_weight + 5, max(like_hessian + 1, 3)
+    if stage.selection is not None and stage.selection.fits:
+        like_hessian = max(like_hessian, 3)
+    return 4 * (n * k * like_weight + k * k * like_hessian)
 
 
 class Work(NamedTuple):

@@ -23,14 +23,16 @@ from .wanda.config import WandaConfig
 from .wanda.solver import solve as _wanda
 
 PASSES: dict[str, Pass[Any]] = {
-    "keep": Pass(KeepConfig, "nothing", _keep, "weights stay as they are, for a selection of inputs alone"),
-    "magnitude": Pass(MagnitudeConfig, "nothing", _magnitude, "smallest weights go; needs no data"),
-    "wanda": Pass(WandaConfig, "norms", _wanda, "smallest |weight| * input norm goes; no weight update"),
-    "sparsegpt": Pass(SparseGPTConfig, "hessian", _sparsegpt, "optimal brain surgeon, column block by column block"),
-    "admm": Pass(ADMMConfig, "hessian", _admm, "least squares under a gradually tightening mask"),
-    "rtn": Pass(RTNConfig, "nothing", _rtn, "integers by rounding to nearest; needs no data"),
-    "gptq": Pass(GPTQConfig, "hessian", _gptq, "integers column by column, errors fed forward, then descent"),
-    "gqsa": Pass(GQSAConfig, "hessian", _gqsa, "groups or N:M, pruned and quantized in one sweep"),
+    "keep": Pass(KeepConfig, "nothing", _keep, (4, 0), "weights stay as they are, for a selection of inputs alone"),
+    "magnitude": Pass(MagnitudeConfig, "nothing", _magnitude, (4, 0), "smallest weights go; needs no data"),
+    "wanda": Pass(WandaConfig, "norms", _wanda, (4, 0), "smallest |weight| * input norm goes; no weight update"),
+    "sparsegpt": Pass(
+        SparseGPTConfig, "hessian", _sparsegpt, (10, 2), "optimal brain surgeon, column block by column block"
+    ),
+    "admm": Pass(ADMMConfig, "hessian", _admm, (16, 3), "least squares under a gradually tightening mask"),
+    "rtn": Pass(RTNConfig, "nothing", _rtn, (4, 0), "integers by rounding to nearest; needs no data"),
+    "gptq": Pass(GPTQConfig, "hessian", _gptq, (11, 2), "integers column by column, errors fed forward, then descent"),
+    "gqsa": Pass(GQSAConfig, "hessian", _gqsa, (12, 3), "groups or N:M, pruned and quantized in one sweep"),
 }
 
 

@@ -340,10 +340,13 @@ Needs = Literal["nothing", "norms", "hessian"]
 class Pass(Generic[ConfigT]):
     """A registered pass: its config class, what it needs to know about a linear's inputs, and its solver.
 
-    `solve(weight [N, K] fp32, statistics, config) -> PruneResult` is pure: it changes none of its arguments.
+    `solve(weight [N, K] fp32, statistics, config) -> PruneResult` is pure: it changes none of its arguments. `arrays`
+    is how many fp32 arrays like the weight, and like the Hessian `[K, K]`, exist at its peak, its arguments among them
+    (measured; `plan` reads it).
     """
 
     config: type[ConfigT]
     needs: Needs
     solve: Callable[[Tensor, InputStatistics, Any], PruneResult]
+    arrays: tuple[int, int]
     summary: str
