@@ -123,6 +123,8 @@ def judge(
         by_form["int4"] = times["int4"]
     possible = {form: spread.median for form, spread in by_form.items() if form != "int4" or own == "int4" or exact}
     verdict, reason = decide(own, possible)
+    if scheme.prompt_static:
+        verdict, reason = own, "no other form reads what a prompt chose"
     if "int4" in by_form and "int4" not in possible and by_form["int4"].median * MARGIN < possible[verdict]:
         gain = possible[verdict] / by_form["int4"].median
         reason += f"; int4 would be {gain:.2f}x faster, with other weights"

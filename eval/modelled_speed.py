@@ -44,6 +44,8 @@ def model_layers(folder: str | Path, gpu: str, batches: Sequence[int], cache: Pa
     checkpoint = Checkpoint(folder)
     if checkpoint.artifact is None:
         raise InputError(f"{folder}: a dense checkpoint; bench judges the linears of a compressed one")
+    if checkpoint.artifact.prompt_static:
+        raise InputError(f"{folder}: linears with threshold: prompt run on plain matmuls, which are not modelled")
     device, stored = cost.GPUS[gpu], stored_dtype(checkpoint)
     dtype = str(stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16).removeprefix("torch.")
     kinds = kinds_of(build_skeleton(checkpoint, torch.float32))

@@ -77,7 +77,7 @@ def contender(name: str, model: Any, dtype: torch.dtype) -> Contender:
 
 def _own_bytes(module: nn.Module, dtype: torch.dtype, seen: set[int]) -> int:
     """Bytes of a module's own tensors in the form that runs, those in `seen` left out; they are added to it."""
-    if isinstance(module, CompressedWeight) and module.form is not None:
+    if isinstance(module, CompressedWeight) and module.form is not None and not module.scheme.prompt_static:
         return module.shape[0] * module.shape[1] * dtype.itemsize
     total = 0
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

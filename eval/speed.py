@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from ..serving import verdicts
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError, RunError
+from ..serving.linear import core_inputs
 from ..serving.load import resolve_device, resolve_dtype, stored_dtype
 from ..serving.skeleton import build_skeleton, context_length, load_config
 from ..serving.warmup import warmup
@@ -138,7 +139,7 @@ def bench(
             layer
             for dtype in resolved
             for tokens in sizes
-            for layer in layer_speed.measure(contenders[dtype], tokens, LAYER_ROUNDS, seed)
+            for layer in _layers(contenders[dtype], tokens, tokens in batches, seed)
         ]
         name = verdicts.device_name(where)
     except torch.OutOfMemoryError as error:
@@ -203,6 +204,13 @@ def _kernels(contenders: Sequence[Contender], batches: Sequence[int]) -> list[Ke
         )
         for (_, scheme, shape), members in layer_speed.kinds_of(contender.model).items()
     ]
+
+
+def _layers(contenders: list[Contender], tokens: int, decoding: bool, seed: int) -> list[LayerSpeed]:
+    """Every linear's times; those whose inputs a prompt chooses read these in `decoding`, and all in a prefill."""
+    for core in core_inputs(contenders[0].model):
+        core.decoding = decoding
+    return layer_speed.measure(contenders, tokens, LAYER_ROUNDS, seed)
 
 
 def _models(

@@ -16,6 +16,7 @@ from ..triton_kernels.formats.input_select import InputSelection
 from ..triton_kernels.input_select import reference as select_reference
 from ..triton_kernels.weight import Prepared, Weight
 from . import storage
+from .core_inputs import CoreInputs
 from .errors import InputError
 from .scheme import LinearScheme
 
@@ -104,7 +105,7 @@ class CompressedWeight(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x` `[..., K]` -> `[..., N]`. Gradients reach `x`, for adapters in earlier layers; the weight is frozen."""
         prepared = self._prepared or self.prepare(x.dtype)
-        if prepared.backend == "dense" or not (x.requires_grad and torch.is_grad_enabled()):
+        if prepared.backend in ("dense", "torch") or not (x.requires_grad and torch.is_grad_enabled()):
             return prepared(x, bias)
         if self.scheme.selection is not None:  # what is not read has no gradient either
             weight = storage.weight_of(self.scheme, prepared.restore(), self.shape, x.dtype)
@@ -166,6 +167,7 @@ class CompressedLinear(CompressedWeight):
     A low-rank branch adds `(x @ V) @ U.T`: buffers `V` `[1, K, rank]` and `U` `[N, rank]`, or two linears of integers.
     With a selection, `y = select(x) @ W.T + (x - select(x)) @ V @ U.T + bias`; see `formats.input_select`. The first
     `dense_tokens` of a sequence `[..., T, K]` read every input then, and with `dense_prefill` all do unless T is 1.
+    Where a prompt chooses the inputs, `core_inputs.py` says which tokens read them.
     """
 
     bias: Tensor | None
@@ -185,6 +187,8 @@ class CompressedLinear(CompressedWeight):
         super().__init__(scheme, (out_features, in_features), device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.dense_tokens, self.dense_prefill = 0, False
+        if scheme.prompt_static:
+            self.form = CoreInputs()
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         branch = scheme.added_branch
         if branch is None:
@@ -259,6 +263,12 @@ def read_all_in_prefill(model: nn.Module, dense: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             module.dense_prefill = dense
+
+
+def core_inputs(model: nn.Module) -> list[CoreInputs]:
+    """The forms of the linears of `model` whose inputs a prompt chooses."""
+    linears = (module for module in model.modules() if isinstance(module, CompressedLinear))
+    return [linear.form for linear in linears if isinstance(linear.form, CoreInputs)]
 
 
 class _Multiply(torch.autograd.Function):

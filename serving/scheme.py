@@ -116,17 +116,18 @@ class SelectionScheme(BaseModel):
     """Which inputs of a token a linear reads: where `|x| > threshold`, or with `norms` where `|x| * norm > threshold`.
 
     `norms` are one number per input. `threshold: fixed` is one per linear; `topk` is each token's own, so that it reads
-    as many inputs as any other: a count per linear.
+    as many inputs as any other: a count per linear. With `prompt` a prompt's tokens read everything, and those after
+    it as many inputs as the count says, those that most of the prompt's tokens would choose (see `core_inputs.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     norms: bool = False
-    threshold: Literal["fixed", "topk"] = "fixed"
+    threshold: Literal["fixed", "topk", "prompt"] = "fixed"
 
     def __str__(self) -> str:
         inputs = "inputs by |x| norm" if self.norms else "inputs by |x|"
-        return f"top {inputs}" if self.threshold == "topk" else inputs
+        return {"fixed": inputs, "topk": f"top {inputs}", "prompt": f"core {inputs}"}[self.threshold]
 
 
 Storage = Literal[
@@ -221,6 +222,11 @@ class LinearScheme(BaseModel):
         return self.selection is not None or (self.integers is not None and self.integers.along == "outputs")
 
     @property
+    def prompt_static(self) -> bool:
+        """Whether the inputs that are read are chosen once for all tokens after a prompt, by the prompt."""
+        return self.selection is not None and self.selection.threshold == "prompt"
+
+    @property
     def rows_apart(self) -> bool:
         """Whether every stored tensor of the weight has one row per output."""
         return not self.input_major and self.balance == "row"
@@ -287,6 +293,11 @@ class ArtifactConfig(BaseModel):
         if value is not None and value.along != "inputs":
             raise ValueError("the rows of an embedding are integers along inputs")
         return value
+
+    @property
+    def prompt_static(self) -> bool:
+        """Whether what some linear reads depends on where a prompt ends."""
+        return any(scheme.prompt_static for scheme in self.linears.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for config.json: schemes without the settings that do not apply to them."""

@@ -113,10 +113,10 @@ def column_scheme(scheme: LinearScheme, columns: int, size: int) -> LinearScheme
         return scheme
     if columns % size:
         raise InputError(f"{columns} inputs are not cut into {size} equal parts; use another tensor parallel size")
-    if scheme.selection is not None and scheme.selection.threshold == "topk":
+    if scheme.selection is not None and scheme.selection.threshold != "fixed":
         raise InputError(
             "the inputs of a token with the largest scores are found among all of them, which are not cut; serve"
-            " threshold: topk with tensor parallel size 1"
+            f" threshold: {scheme.selection.threshold} with tensor parallel size 1"
         )
     if scheme.low_rank is not None and scheme.low_rank.integers is not None:
         _check_groups(scheme.low_rank.integers, columns // size)

@@ -38,7 +38,7 @@ class Selection(NamedTuple):
     """Which inputs a linear `[N, K]` reads, before packing: `|x| > threshold`, or `|x| * norms[K] > threshold`.
 
     `v` `[K, rank]` and `u` `[N, rank]`, in the model's dtype: the branch for the inputs that are not read, if any.
-    `inputs`, instead of a threshold: how many inputs each token reads, those with its largest scores.
+    `inputs`, instead of a threshold: how many inputs each token reads, those with its, or its prompt's, largest scores.
     """
 
     threshold: float | None
@@ -326,7 +326,7 @@ def _code_settings(scheme: LinearScheme, *without: str) -> dict[str, Any]:
 def _selection_settings(scheme: LinearScheme) -> dict[str, Any]:
     assert scheme.selection is not None  # callers have looked
     rank = 0 if scheme.low_rank is None else scheme.low_rank.rank
-    return {"norms": scheme.selection.norms, "rank": rank, "topk": scheme.selection.threshold == "topk"}
+    return {"norms": scheme.selection.norms, "rank": rank, "topk": scheme.selection.threshold != "fixed"}
 
 
 def _integers(scheme: LinearScheme) -> IntegerScheme:

@@ -15,8 +15,9 @@ from types import MethodType, ModuleType
 from typing import Any
 
 from .checkpoint import INDEX_NAME, WEIGHTS_STEM, Checkpoint, read_header
+from .core_inputs import follow_prompts
 from .errors import InputError
-from .linear import check_weights, read_all_in_prefill
+from .linear import check_weights, core_inputs, read_all_in_prefill
 from .scheme import QUANT_METHOD, ArtifactConfig
 from .skeleton import check_stored, swap_modules
 
@@ -67,6 +68,7 @@ def register(registry: ModuleType) -> None:
             check_weights(model, model.config.name_or_path or "model")
             if self.quantization_config.artifact.prefill == "dense":
                 read_all_in_prefill(model)
+            follow_prompts(model, core_inputs(model))
             _save_under_own_names(model)
             return model
 

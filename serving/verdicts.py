@@ -149,7 +149,7 @@ def apply(model: nn.Module, entry: Entry, dtype: torch.dtype, where: str) -> App
         if not isinstance(module, CompressedWeight):
             continue
         verdict = verdicts.get((module.op, module.scheme, module.shape))
-        if verdict is None or verdict.choice == own_form(module.scheme):
+        if verdict is None or verdict.choice == own_form(module.scheme) or module.scheme.prompt_static:
             continue
         times = verdict.microseconds
         reason = f"verdict: {verdict.choice}, measured" + (

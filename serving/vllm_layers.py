@@ -46,8 +46,14 @@ class HalfweightConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HalfweightConfig:
-        """Raises InputError for a version or a scheme that this halfweight does not read, and for a dense prefill."""
+        """Raises InputError for a version or a scheme that this halfweight does not read, for a dense prefill, and for
+        inputs that a prompt chooses."""
         artifact = ArtifactConfig.parse(config, "config.json")
+        if artifact.prompt_static:
+            raise InputError(
+                "config.json: quantization_config has linears with threshold: prompt, but in vLLM a linear cannot tell"
+                " whose prompt its tokens follow; use halfweight.load, or compress with threshold: topk"
+            )
         selects = any(scheme.selection is not None for scheme in artifact.linears.values())
         if selects and artifact.prefill == "dense":  # linears get [tokens, K], prompts and new tokens mixed
             raise InputError(

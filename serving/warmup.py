@@ -9,14 +9,15 @@ from pydantic import BaseModel
 from torch import nn
 
 from ..triton_kernels import dispatch
+from .core_inputs import BACKEND, reason_of
 from .linear import CompressedWeight
 from .scheme import LinearScheme
 from .storage import settings_of
 
 
 class Choice(BaseModel):
-    """What runs one compressed linear, or embedding with its head, `[N, K]`: `backend` is `triton`, `cpu` or
-    `reference`; `reason` says why."""
+    """What runs one compressed linear, or embedding with its head, `[N, K]`: `backend` is `triton`, `cpu`,
+    `reference` or `torch` (see `core_inputs`); `reason` says why."""
 
     name: str
     shape: tuple[int, int]
@@ -72,6 +73,8 @@ def expect(
     """What would run a stored linear on `device`, from its scheme and shape alone; or another `op` on its tensors."""
     if scheme.storage == "dense":
         return _choice(name, scheme, shape, "dense", f"{scheme.pattern} has no packed form")
+    if scheme.prompt_static:
+        return _choice(name, scheme, shape, BACKEND, reason_of(scheme, shape, dtype, device))
     backend, reason = dispatch.expect(op or scheme.op, shape, dtype, device, settings_of(scheme))
     return _choice(name, scheme, shape, backend, reason)
 

@@ -60,7 +60,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`; `reason` says why.
+    """A weight in the layout of one implementation. `backend` is `triton`, `cpu` or `reference`, or the name of another
+    form; `reason` says why.
 
     `rows(ids [...], dtype)` are rows `[..., K]` of the weight, where its op is an embedding table too. `run_all` is
     `run` with every input read, where `run` selects them.

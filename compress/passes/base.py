@@ -59,8 +59,9 @@ class SelectionSettings(BaseModel):
 
     `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`, or times how much the input moves the
     block's output, by `gradient` (`sensitivity.py`). `threshold: fixed` is one per linear, so that tokens differ in how
-    much they read; with `topk` all read equally many inputs. `truncation`, in place of `sparsity` and with `l2`, is the
-    relative error that leaving inputs out may cause in a linear's output (CETT); what is read follows from it.
+    much they read; with `topk` all read equally many inputs; with `prompt` all tokens after a prompt read those that it
+    chooses, and the prompt reads everything. `truncation`, in place of `sparsity` and with `l2`, is the relative error
+    that leaving inputs out may cause in a linear's output (CETT); what is read follows from it.
 
     `channels` is the share of the bytes read that goes to inputs; the rest goes to a low-rank branch for the inputs
     that are not read, the truncated SVD of the `weight` or fitted to the unread `inputs` of the calibration. With
@@ -74,7 +75,7 @@ class SelectionSettings(BaseModel):
     sparsity: float = Field(default=0, ge=0, lt=1)
     truncation: float | None = Field(default=None, gt=0, lt=1)
     score: Literal["size", "l2", "l1", "gradient"] = "size"
-    threshold: Literal["fixed", "topk"] = "fixed"
+    threshold: Literal["fixed", "topk", "prompt"] = "fixed"
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
     allocation: Literal["uniform", "greedy"] = "uniform"

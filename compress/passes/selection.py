@@ -71,7 +71,7 @@ def threshold_of(
     shape: tuple[int, int],
 ) -> Selection:
     """The selection without a branch that reads, of inputs with the scores in `sketch`, the share `settings` allow."""
-    if settings.threshold == "topk":
+    if settings.threshold != "fixed":
         return Selection(None, norms, inputs=max(1, round(settings.split(shape, scheme).inputs * shape[1])))
     return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms)
 

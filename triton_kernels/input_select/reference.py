@@ -52,9 +52,7 @@ def selected(x: Tensor, selection: InputSelection, part: int, cuts: Tensor | Non
 
     `cuts` `[M, P]`: the tokens' thresholds, where they are known; see `token_cuts`.
     """
-    score = x.float().abs()
-    if selection.norms is not None:
-        score = score * from_bits(selection.norms)[part]
+    score = scores(x, selection, part)
     if cuts is not None:
         return ~(score <= cuts[:, part, None])
     if selection.counts is not None:
@@ -62,6 +60,12 @@ def selected(x: Tensor, selection: InputSelection, part: int, cuts: Tensor | Non
         return ~(score <= token_cuts(score, count))
     assert selection.thresholds is not None  # it has these or counts
     return ~(score <= from_bits(selection.thresholds)[part])
+
+
+def scores(x: Tensor, selection: InputSelection, part: int) -> Tensor:
+    """fp32 `[M, K]`: what the inputs of `x[M, K]` are worth to fused part `part`."""
+    score = x.float().abs()
+    return score if selection.norms is None else score * from_bits(selection.norms)[part]
 
 
 def token_cuts(score: Tensor, count: int) -> Tensor:
