@@ -30,6 +30,14 @@ def evaluate(
         float,
         typer.Option(min=0, max=1, help="Share of a window's tokens, from its end, that select their inputs."),
     ] = 0.99,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens at the start of a window that read all inputs and are not scored, in place of --sparse-tokens;"
+            " default: none, or a quarter where a prompt chooses the inputs.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="lm-eval tasks, or YAML files of your own, not perplexity.")
     ] = None,
@@ -70,8 +78,11 @@ def evaluate(
     from ..serving.errors import InputError
     from ..serving.sources import resolve_model
 
-    if (tasks, activations) != (None, None) and (text, windows, seqlen) != (None, None, None):
-        raise InputError("--tasks or --activations with --text, --windows or --seqlen, not both; run them one by one")
+    if (tasks, activations) != (None, None) and (text, windows, seqlen, prompt_tokens) != (None, None, None, None):
+        raise InputError(
+            "--tasks or --activations with --text, --windows, --seqlen or --prompt-tokens, not both; run them one by"
+            " one"
+        )
     if tasks is not None and activations is not None:
         raise InputError("--tasks and --activations, not both; run them one by one")
     with progress_bars() as progress:
@@ -89,6 +100,7 @@ def evaluate(
                 device=device,
                 dtype=dtype,
                 sparse_tokens=sparse_tokens,
+                prompt_tokens=prompt_tokens,
                 progress=lambda done, total: progress(Progress("eval", done, total)),
             )
         if activations is not None:
@@ -161,6 +173,8 @@ def show_perplexity(result: Perplexity) -> None:
     rows.add_row("text", f"{result.text}: {result.windows} windows of {result.seqlen}, {result.tokens} tokens scored")
     rows.add_row("first token", "replaced by BOS" if result.bos else "as in the text")
     rows.add_row("computed in", f"{result.dtype} on {result.device}, {human_seconds(result.seconds)}")
+    if result.prompt_tokens is not None:
+        rows.add_row("prompt", f"the first {result.prompt_tokens} tokens of a window, read in full and not scored")
     if result.bytes_read_fraction is not None:
         read = f"{result.bytes_read_fraction:.1%} of their bytes, by {result.sparse_tokens:.1%} of the tokens"
         rows.add_row("selecting linears read", read)

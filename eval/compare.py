@@ -22,7 +22,7 @@ from ..serving.skeleton import load_config
 from .agreement import Reference, TextScores, generate, join, reference, score_window, shared_tokens
 from .fit import require_fit
 from .perplexity import check_context, decode, summarize
-from .selection import dense_tokens_of, selecting_tokens
+from .selection import dense_tokens_of, require_scored_apart, selecting_tokens
 from .significance import Difference, mean_and_error, paired_difference
 from .task_results import TaskResult, document_scores
 from .tasks import evaluate_tasks
@@ -117,6 +117,8 @@ def compare(
         raise InputError("tasks need a folder for their results; give --out DIR")
     names = row_names([dense, *models])
     paths = [Path(dense), *map(Path, models)]
+    for path in paths:
+        require_scored_apart(Checkpoint(path).artifact, path)
     chosen, bos = _windows(paths, names, text, seqlen, windows)
     if prompt_tokens + new_tokens > seqlen:
         raise InputError(f"{prompt_tokens} + {new_tokens} tokens of a generation exceed --seqlen {seqlen}")

@@ -16,7 +16,7 @@ from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
-from .selection import SPARSE_TOKENS, dense_tokens_of, selecting_tokens
+from .selection import SPARSE_TOKENS, dense_tokens_of, prompt_tokens_of, selecting_tokens
 from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
 
 
@@ -26,7 +26,8 @@ class Perplexity(BaseModel):
     `bos` says whether the first token of every window was replaced by BOS; `standard_error` is of the perplexity, from
     the spread of the windows' mean losses (None for one window); `seconds` excludes loading. Where linears select their
     inputs, the last share `sparse_tokens` of a window's tokens do, and read `bytes_read_fraction` (see `Reading`) of
-    those linears each; both are None for other models.
+    those linears each; both are None for other models. `prompt_tokens` at the start of every window, if any, read every
+    input and were not scored.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Perplexity(BaseModel):
     seconds: float
     sparse_tokens: float | None = None
     bytes_read_fraction: float | None = None
+    prompt_tokens: int | None = None
 
 
 def summarize(losses: list[Tensor]) -> tuple[float, float | None]:
@@ -103,14 +105,17 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     sparse_tokens: float = SPARSE_TOKENS,
+    prompt_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a checkpoint folder, dense or compressed, on `text` (a file; default: the shipped held-out text).
 
     The text is tokenized once and cut into non-overlapping windows of `seqlen` tokens, of which the first `windows`
     (default: all) are scored; for tokenizers that add BOS, a window's first token is replaced by it. In linears that
-    select their inputs, all but the last share `sparse_tokens` of a window's tokens read every input. `progress(done,
-    total)` is called after each window. Raises InputError for a bad folder, text, device or dtype.
+    select their inputs, all but the last share `sparse_tokens` of a window's tokens read every input. With
+    `prompt_tokens`, in place of that, a window begins with a prompt of so many tokens, which read every input and are
+    not scored; where a prompt chooses the inputs, that is a quarter of the window by default. `progress(done, total)`
+    is called after each window. Raises InputError for a bad folder, text, device, dtype or length of the prompt.
     """
     import time
 
@@ -118,14 +123,19 @@ def evaluate(
     tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
     bos = bos_token(tokenizer)
     chosen = exact_windows(tokens, seqlen, bos, windows)
-    check_context(load_config(Checkpoint(model)), seqlen)
+    checkpoint = Checkpoint(model)
+    check_context(load_config(checkpoint), seqlen)
+    if prompt_tokens is None and checkpoint.artifact is not None and checkpoint.artifact.prompt_static:
+        prompt_tokens = prompt_tokens_of(seqlen)
+    if prompt_tokens is not None and not 1 <= prompt_tokens <= seqlen - 2:
+        raise InputError(f"--prompt-tokens {prompt_tokens}: windows of {seqlen} tokens allow 1 to {seqlen - 2}")
     network = load(model, device, dtype)
     begin = time.monotonic()
     losses = []
-    dense_tokens = dense_tokens_of(seqlen, sparse_tokens)
+    dense_tokens = dense_tokens_of(seqlen, sparse_tokens) if prompt_tokens is None else prompt_tokens
     with selecting_tokens(network, dense_tokens) as reading:
         for index, window in enumerate(chosen):
-            losses.append(window_losses(network, window).cpu())
+            losses.append(window_losses(network, window)[prompt_tokens or 0 :].cpu())
             if progress is not None:
                 progress(index + 1, len(chosen))
     perplexity, standard_error = summarize(losses)
@@ -143,6 +153,7 @@ def evaluate(
         seconds=time.monotonic() - begin,
         sparse_tokens=None if reading.fraction is None else 1 - dense_tokens / seqlen,
         bytes_read_fraction=reading.fraction,
+        prompt_tokens=prompt_tokens,
     )
 
 

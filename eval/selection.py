@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..serving.core_inputs import CoreInputs
+from ..serving.errors import InputError
 from ..serving.linear import CompressedLinear
+from ..serving.scheme import ArtifactConfig
 from ..serving.storage import selection_of, tensor_specs
 from ..triton_kernels.input_select import reference
 
@@ -19,6 +23,20 @@ SPARSE_TOKENS = 0.99  # of a window's tokens select their inputs when it is scor
 def dense_tokens_of(seqlen: int, sparse_tokens: float = SPARSE_TOKENS) -> int:
     """How many tokens at the start of a window of `seqlen` read every input."""
     return seqlen - round(sparse_tokens * seqlen)
+
+
+def prompt_tokens_of(seqlen: int) -> int:
+    """How many tokens at the start of a window of `seqlen` are its prompt, where a prompt chooses the inputs."""
+    return max(1, seqlen // 4)
+
+
+def require_scored_apart(artifact: ArtifactConfig | None, where: str | Path) -> None:
+    """Raise InputError when a prompt chooses the artifact's inputs: those who call this do not know prompts."""
+    if artifact is not None and artifact.prompt_static:
+        raise InputError(
+            f"{where}: threshold: prompt lets a prompt choose the inputs, which tasks and comparisons do not tell from"
+            " what follows; score it with `halfweight eval`, and other models with the same --prompt-tokens"
+        )
 
 
 class Reading:
@@ -43,12 +61,18 @@ class Reading:
 def selecting_tokens(model: nn.Module, dense_tokens: int) -> Iterator[Reading]:
     """Within the `with`, the first `dense_tokens` of every sequence read all inputs; the others select and count.
 
-    Sequences are `[..., T, K]` inputs of the linears. It does not matter what the checkpoint says about prefill.
+    Sequences are `[..., T, K]` inputs of the linears. It does not matter what the checkpoint says about prefill. Where
+    a prompt chooses the inputs, it is the first `dense_tokens`; raises InputError when there are none.
     """
     reading = Reading()
     modules = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.scheme.selection is not None]
     handles = [module.register_forward_pre_hook(_counter(module, dense_tokens, reading)) for module in modules]
     prefill = [module.dense_prefill for module in modules]
+    cores = [module.form for module in modules if isinstance(module.form, CoreInputs)]
+    if cores and not dense_tokens:
+        raise InputError("threshold: prompt needs a prompt of one token or more")
+    for core in cores:
+        core.prompt_tokens = dense_tokens
     for module in modules:
         module.dense_tokens, module.dense_prefill = dense_tokens, False
     try:
@@ -57,6 +81,9 @@ def selecting_tokens(model: nn.Module, dense_tokens: int) -> Iterator[Reading]:
         for module, handle, dense in zip(modules, handles, prefill, strict=True):
             module.dense_tokens, module.dense_prefill = 0, dense
             handle.remove()
+        for core in cores:
+            core.prompt_tokens = None
+            core.forget()
 
 
 def _counter(module: CompressedLinear, dense_tokens: int, reading: Reading) -> Callable[..., None]:
@@ -65,6 +92,10 @@ def _counter(module: CompressedLinear, dense_tokens: int, reading: Reading) -> C
 
     def count(module: Any, args: tuple[Any, ...]) -> None:
         x = args[0][..., dense_tokens:, :]
+        if module.scheme.prompt_static and selection.counts is not None:
+            if x.numel():
+                reading.add(module, float(selection.counts[0]) / x.shape[-1])
+            return
         used = reference.selected(x.reshape(-1, x.shape[-1]), selection, 0)
         if len(used):
             reading.add(module, float(used.float().mean()))

@@ -25,6 +25,7 @@ from ..serving.errors import InputError, RunError, did_you_mean
 from ..serving.linear import read_all_in_prefill
 from ..serving.load import load, load_tokenizer, resolve_device, resolve_dtype, stored_dtype
 from .fit import require_fit
+from .selection import require_scored_apart
 from .task_results import TaskReport, TaskResult, task_results
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def evaluate_tasks(
     """
     require_lm_eval()
     out, checkpoint = Path(out), Checkpoint(model)
+    require_scored_apart(checkpoint.artifact, model)
     manager = task_manager(defaults=not all(_is_file(spec) for spec in tasks))
     specs = {spec: task_spec(spec, manager) for spec in tasks}
     files = {spec: out / f"{_file_stem(spec)}.json" for spec in specs}
