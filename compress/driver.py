@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..eval.perplexity import summarize
+from ..eval.selection import prompt_tokens_of
 from ..serving.checkpoint import Checkpoint, read_header
 from ..serving.durable import write_text
 from ..serving.errors import InputError, RunError
@@ -105,6 +106,9 @@ def compress_checkpoint(
     with _work_folder(out, overwrite, world) as work:
         windows = shared_windows(world, partial(_load, checkpoint, recipe, walker, work, spilled))
         release_memory()
+        selections = [stage.selection for stage in stages.values() if stage.selection is not None]
+        if any(selection.threshold == "prompt" for selection in selections) and len(windows.dev[0]) < 3:
+            raise InputError("threshold: prompt needs windows of 3 tokens or more, a prompt and what follows it")
         settings = (recipe.to_yaml(), str(walker.dtype), where.type)
         tokens = [*windows.all, *windows.dev, *windows.search]
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
@@ -133,6 +137,10 @@ def compress_checkpoint(
         _require_finite(checkpoint, run.dev_dense + run.dev)
         verification, compressed_losses = run.verify(work)
         dense_losses = walker.losses(run.dev_dense, run.windows.dev)
+        if scheme.prompt_static:
+            prompt = prompt_tokens_of(len(windows.dev[0]))
+            dense_losses = [loss[prompt:] for loss in dense_losses]
+            compressed_losses = [loss[prompt:] for loss in run.losses_behind_prompts(work)]
         _require_finite(checkpoint, [*dense_losses, *compressed_losses])
         losses = _by_window(dense_losses, world), _by_window(compressed_losses, world)
         calibrated, memory = world.gathered(len(run.windows.calibration)), world.gathered(peak_rss_gb())

@@ -100,7 +100,8 @@ class SearchReport(BaseModel):
 
 
 class DevPerplexity(BaseModel):
-    """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text."""
+    """Dense and compressed perplexity on the dev set, the last 10 % of the calibration text; where a prompt chooses the
+    inputs, both of what follows the first quarter of each window, which is the prompt."""
 
     dense: float
     compressed: float

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..eval.selection import prompt_tokens_of, selecting_tokens
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import RunError
 from ..serving.experts import stack_of
-from ..serving.linear import SelectingLinear, expand_linears
+from ..serving.linear import SelectingLinear, core_inputs, expand_linears
 from ..serving.storage import effective_weight, selection_of
 from ..serving.tables import Table
 from . import vocabulary, writer
@@ -334,9 +335,10 @@ class Run:
         stream = self._embed(reloaded, self.windows.dev)
         for index in range(reloaded.n_blocks):
             with reloaded.block(index) as block:
-                if self.walker.dtype not in _TOLERANCE:
+                if self.walker.dtype not in _TOLERANCE or core_inputs(block):
                     # In 16 bits the run multiplies effective weights rounded to the dtype; kernels and branches do not
-                    # round them, and over many blocks that adds up to more than a damaged tensor might.
+                    # round them, and over many blocks that adds up to more than a damaged tensor might. And in the run
+                    # every token chooses its own inputs, where in use a prompt does.
                     expand_linears(block, self.walker.dtype)
                 for number, x in enumerate(stream):
                     stream.store(number, reloaded.run(index, block, x))
@@ -353,6 +355,21 @@ class Run:
             )
         losses = [loss.cpu() for loss in reloaded.losses(stream, self.windows.dev)]
         return Verification(relative_difference=difference, tolerance=tolerance), losses
+
+    def losses_behind_prompts(self, folder: Path) -> list[Tensor]:
+        """The artifact's losses of this process's dev windows, whose first tokens are prompts that choose the inputs of
+        the others, as in `eval`; those of the prompts are among them."""
+        windows, reloaded = self.windows.dev, BlockWalker(Checkpoint(folder), self.walker.device, self.walker.dtype)
+        if not windows:
+            return []
+        rows = self._stream(row[None] for x in self._embed(reloaded, windows) for row in x)
+        reloaded.learn(1, len(windows[0]))  # a prompt chooses for itself
+        for index in range(reloaded.n_blocks):
+            with reloaded.block(index) as block, selecting_tokens(block, prompt_tokens_of(len(windows[0]))):
+                for number, x in enumerate(rows):
+                    rows.store(number, reloaded.run(index, block, x))
+            release_memory()
+        return [loss.cpu() for loss in reloaded.losses(rows, windows)]
 
 
 def part_name(index: int) -> str:
