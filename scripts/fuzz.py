@@ -60,6 +60,7 @@ STAGES: list[dict[str, Any]] = [
     {"pass": "gqsa", "pattern": "8x1", "density": 0.5},
     {"pass": "keep", "selection": {"sparsity": 0.3, "score": "l2", "channels": 0.5}},
     {"pass": "keep", "selection": {"sparsity": 0.3, "threshold": "topk"}},
+    {"pass": "keep", "selection": {"sparsity": 0.3, "threshold": "prompt"}},
     {"pass": "rtn", "group_size": 8, "along": "outputs", "selection": {"sparsity": 0.3, "channels": 0.2}},
 ]
 WORDS = [b"-1", b"0", b"1e999", b"nan", b"null", b"true", b"[", b"{", b"}", b'"', b":", b"\x00", b"\xff\xfe", b"2:4"]

@@ -1,4 +1,4 @@
-"""Inputs that a prompt chooses for the tokens after it: counting, serving with a KV cache, honest scoring, bad input."""
+"""A linear whose inputs a prompt chooses: counting, ties, padding, every stored form, what runs it."""
 
 from __future__ import annotations
 

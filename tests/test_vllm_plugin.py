@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fake_vllm
 from fake_vllm import LinearBase, ParallelLMHead, UnquantizedLinearMethod, VocabParallelEmbedding
 from halfweight.serving.errors import InputError
-from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme
+from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, SelectionScheme
 from halfweight.serving.storage import effective_weight, pack_weight
 from halfweight.serving.vllm_plugin import register
 from stored_linears import SCHEMES, SELECTED, TOPK, WIDE, K, N, integers, packed, random_codes, run, selected
@@ -276,6 +276,9 @@ def test_what_selected_schemes_cannot_do_is_refused(registry: Any, configure: An
     data = ArtifactConfig(linears={DOWN: SELECTED["16-bit"]}, prefill="dense").to_json()
     with pytest.raises(InputError, match=r"prefill is dense, but .* set it to masked"):
         registry.configs["halfweight"].from_config(data)
+    core = SELECTED["16-bit"].model_copy(update={"selection": SelectionScheme(threshold="prompt")})
+    with pytest.raises(InputError, match=r"threshold: prompt, but in vLLM .* compress with threshold: topk"):
+        registry.configs["halfweight"].from_config(ArtifactConfig(linears={DOWN: core}).to_json())
 
 
 def test_damaged_groups_are_refused_before_they_are_cut(configure: Any) -> None:
