@@ -297,7 +297,7 @@ def _peak_bytes(
     block = 0.0
     for index in range(walker.n_blocks):
         names = list(walker.block_linears(index))
-        held = sum(prod(shapes[n]) for n in names) * size
+        held = float(sum(prod(shapes[n]) for n in names) * size)
         held += sum(_packed_bytes(stages[n], shapes[n], walker.dtype) for n in names if n in stages)
         paused = compressed * paused_numbers(text.hidden_size, (shapes[n] for n in names)) * size
         transient = 2 * calibration.seqlen * sum(shapes[n][0] for n in names) * size
