@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from halfweight import HalfweightError, InputError, Recipe, RunError, compress_c
 from halfweight.compress import journal, writer
 from halfweight.compress.memory import is_out_of_memory
 from halfweight.compress.passes import PASSES
-from halfweight.compress.passes.base import Pass, PruneResult
+from halfweight.compress.passes.base import PruneResult
 from halfweight.compress.report import Progress
 from runs import BLOCKS, change_tensor, contents, fails, parsed, partial_of
 
@@ -162,7 +163,7 @@ def short_of_memory(method: str, rows: int, patch: pytest.MonkeyPatch, error: Ex
             torch.empty(2**55)
         return real.solve(weight, *arguments)
 
-    patch.setitem(PASSES, method, Pass(real.config, real.needs, solve, real.summary))
+    patch.setitem(PASSES, method, replace(real, solve=solve))
     return calls
 
 
