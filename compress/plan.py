@@ -421,6 +421,7 @@ def _bandwidth(device: torch.device) -> float:
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a 1024-cube matmul on `device`, the best of several over about 0.2 seconds."""
     a = torch.randn(1024, 1024, device=device).to(dtype)
+    a @ a  # the first may compile, or wake threads, for longer than that
     best, begin = 0.0, time.monotonic()
     while time.monotonic() - begin < 0.2:
         start = time.monotonic()
