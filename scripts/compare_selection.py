@@ -4,7 +4,9 @@
 
 Compresses MODEL by each method at each level (the share of bytes that is not read), scores it on --text, and prints one
 table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has at
-the same level: 1 is TEAL, 0 the dense model. `random` is the control of the search: as many trials, spread evenly.
+the same level: 1 is TEAL, 0 the dense model. Beside it stands the share of greedy tokens that are the dense model's,
+before the first that is not, in continuations of the text that is scored. `random` is the control of the search: as
+many trials, spread evenly.
 Searches and thresholds see --calibration alone, and all but the first 1 % of each window's tokens select.
 
 Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
@@ -26,8 +28,11 @@ from rich.table import Table
 
 from halfweight import Recipe, compress_checkpoint
 from halfweight.cli.output import progress_bars
+from halfweight.eval.agreement import generate, shared_tokens
 from halfweight.eval.perplexity import evaluate
+from halfweight.eval.text import bos_token, exact_windows, read_text, tokenize
 from halfweight.serving.durable import write_text
+from halfweight.serving.load import load, load_tokenizer
 from halfweight.serving.sources import resolve_model
 
 _RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
@@ -51,6 +56,7 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal-greedy-searched": (_GREEDY, "evolution"),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
+PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
 DEFAULT = ("teal", "teal-greedy", "wina", "rsparse", "rsparse-searched", "rsparse-random")
 BASELINE = "teal"
 
@@ -80,7 +86,9 @@ def recipe_of(method: str, level: int, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.parse(data)
 
 
-def run_cell(model: str, method: str, level: int, settings: Mapping[str, Any], out: Path, keep: bool) -> Cell:
+def run_cell(
+    model: str, dense: Cell, method: str, level: int, settings: Mapping[str, Any], out: Path, keep: bool
+) -> Cell:
     """Compress and score one cell, or take it from its file."""
     file = out / f"{method}-{level}.json"
     if file.is_file():
@@ -96,10 +104,13 @@ def run_cell(model: str, method: str, level: int, settings: Mapping[str, Any], o
             dtype=settings["dtype"],
             progress=progress,
         )
+    score = scored(artifact, settings)
+    shared = shared_tokens(dense["continuations"], score.pop("continuations"))
     cell = {
         "method": method,
         "level": level,
-        **scored(artifact, settings),
+        **score,
+        "agreement": sum(shared) / (NEW * len(shared)) if shared else None,
         "dev_perplexity": report.dev.compressed,
         "seconds": report.seconds,
         "search": [trial.objective for trial in report.search],
@@ -119,12 +130,23 @@ def dense_cell(model: str, settings: Mapping[str, Any], out: Path) -> Cell:
 
 
 def scored(folder: str | Path, settings: Mapping[str, Any]) -> Cell:
-    """Perplexity of a checkpoint, and what its selecting linears read."""
+    """Perplexity of a checkpoint, what its selecting linears read, and how it continues prompts."""
     result = evaluate(
         folder, settings["text"], windows=settings["windows"], seqlen=settings["seqlen"], dtype=settings["dtype"]
     )
     kept = ("perplexity", "standard_error", "tokens", "sparse_tokens", "bytes_read_fraction")
-    return {name: getattr(result, name) for name in kept}
+    numbers = {name: getattr(result, name) for name in kept}
+    return {**numbers, "continuations": continuations(folder, settings)}
+
+
+def continuations(folder: str | Path, settings: Mapping[str, Any]) -> list[list[int]]:
+    """Greedy tokens after the text's first prompts."""
+    if not settings["prompts"]:
+        return []
+    tokenizer = load_tokenizer(folder)
+    tokens = tokenize(tokenizer, read_text(settings["text"]))
+    prompts = exact_windows(tokens, PROMPT, bos_token(tokenizer), settings["prompts"])
+    return generate(load(folder, dtype=settings["dtype"]), prompts, PROMPT, NEW)
 
 
 def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
@@ -146,7 +168,7 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
         f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
     )
     rows = Table(title=f"{settings['model']}: {about}", title_justify="left")
-    headers = ("level", "method", "perplexity", "share of TEAL's increase", "bytes read", "trials", "seconds")
+    headers = ("level", "method", "perplexity", "share of TEAL's increase", "agreement", "bytes read", "trials")
     for number, header in enumerate(headers):
         rows.add_column(header, justify="left" if number == 1 else "right", no_wrap=number == 1)
     for level in dict.fromkeys(cell["level"] for cell in cells):
@@ -158,9 +180,9 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
                 cell["method"],
                 f"{cell['perplexity']:.3f}",
                 "-" if cell["share"] is None else f"{cell['share']:.3f}",
+                "-" if cell["agreement"] is None else f"{100 * cell['agreement']:.1f} %",
                 f"{cell['bytes_read_fraction']:.4f}",
                 str(len(cell["search"])) if cell["search"] else "-",
-                f"{cell['seconds']:.0f}",
                 style="bold" if best else None,
             )
         rows.add_section()
@@ -193,6 +215,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, help="windows to score (default: all)")
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens per scored window")
+    parser.add_argument("--prompts", type=int, default=32, help=f"of {PROMPT} tokens, continued by {NEW}")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--calibration-seqlen", type=int, default=1024, help="tokens per calibration window")
     parser.add_argument("--trials", type=int, default=64, help="trials of every search")
@@ -208,14 +231,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
-    names = ("calibration", "text", "windows", "seqlen", "samples", "calibration_seqlen", "trials")
+    names = ("calibration", "text", "windows", "seqlen", "prompts", "samples", "calibration_seqlen", "trials")
     names += ("search_samples", "search_seqlen", "seed", "dtype")
     settings = {"model": options.model, **{name: getattr(options, name) for name in names}}
     check_settings(options.out, settings)
     folder = str(resolve_model(options.model).path)
     dense = dense_cell(folder, settings, options.out)
     cells = [
-        run_cell(folder, method, level, settings, options.out, options.keep)
+        run_cell(folder, dense, method, level, settings, options.out, options.keep)
         for level in options.levels
         for method in options.methods
         if not options.report_only or (options.out / f"{method}-{level}.json").is_file()

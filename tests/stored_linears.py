@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ N, K = 24, 128
 
 def integers(bits: int = 4, group_size: int = 16, symmetric: bool = False) -> IntegerScheme:
     return IntegerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def selecting(selection: SelectionScheme, rank: int = 0, **fields: Any) -> LinearScheme:
+    """Of a linear that reads by `selection`, 16-bit unless `fields` say otherwise, with a branch of `rank`, if any."""
+    branch = LowRankScheme(rank=rank) if rank else None
+    return LinearScheme(**{"pattern": "dense", "density": 1, **fields}, selection=selection, low_rank=branch)
 
 
 SCHEMES = {

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from halfweight import InputError
 from halfweight.serving.core_inputs import CoreInputs
 from halfweight.serving.linear import CompressedLinear
-from halfweight.serving.scheme import IntegerScheme, LinearScheme, LowRankScheme, SelectionScheme
+from halfweight.serving.scheme import IntegerScheme, SelectionScheme
 from halfweight.serving.sharding import column_scheme
 from halfweight.serving.storage import Selection, pack_selection, pack_weight
 from halfweight.serving.warmup import expect, warmup
 from halfweight.triton_kernels import trust
 from halfweight.triton_kernels.formats.bits import from_bits
+from stored_linears import selecting
 from test_storage import K, N, module, packed
 
 COUNT = 29
@@ -26,17 +27,12 @@ OUTPUTS = IntegerScheme(group_size=16, along="outputs")
 CORE, CORE_BY_NORM = SelectionScheme(threshold="prompt"), SelectionScheme(norms=True, threshold="prompt")
 
 
-def scheme(selection: SelectionScheme, rank: int = 0, **fields: Any) -> LinearScheme:
-    branch = LowRankScheme(rank=rank) if rank else None
-    return LinearScheme(**{"pattern": "dense", "density": 1, **fields}, selection=selection, low_rank=branch)
-
-
 SCHEMES = {
-    "16-bit": scheme(CORE),
-    "16-bit, norms, branch": scheme(CORE_BY_NORM, 5),
-    "int4, norms, branch": scheme(CORE_BY_NORM, 3, integers=OUTPUTS),
-    "8-bit": scheme(CORE, integers=OUTPUTS.model_copy(update={"bits": 8, "symmetric": True})),
-    "8x1": scheme(CORE, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")),
+    "16-bit": selecting(CORE),
+    "16-bit, norms, branch": selecting(CORE_BY_NORM, 5),
+    "int4, norms, branch": selecting(CORE_BY_NORM, 3, integers=OUTPUTS),
+    "8-bit": selecting(CORE, integers=OUTPUTS.model_copy(update={"bits": 8, "symmetric": True})),
+    "8x1": selecting(CORE, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")),
 }
 
 

@@ -319,12 +319,13 @@ def test_methods_are_compared_at_equal_bytes(
     script = load_script("compare_selection")
     flags = [str(llama), "--calibration", text_file, "--text", text_file, "--out", tmp_path / "cells", "--windows", 2]
     flags += ["--seqlen", 64, "--samples", 2, "--calibration-seqlen", 32, "--trials", 2, "--search-samples", 1]
-    flags += ["--search-seqlen", 32, "--levels", 50, "--json", tmp_path / "table.json"]
+    flags += ["--search-seqlen", 32, "--prompts", 2, "--levels", 50, "--json", tmp_path / "table.json"]
     flags += ["--methods", "teal", "rsparse-random"]
     script.main(list(map(str, flags)))
     table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     teal, searched = table["cells"]
     assert teal["share"] == 1 and len(searched["search"]) == 2
+    assert all(0 <= cell["agreement"] <= 1 for cell in table["cells"])
     increase = [math.log(cell["perplexity"] / table["dense"]["perplexity"]) for cell in (teal, searched)]
     assert searched["share"] == pytest.approx(increase[1] / increase[0])
     assert abs(teal["bytes_read_fraction"] - 0.5) < 0.1

@@ -14,7 +14,7 @@ from halfweight.serving import storage, verdicts
 from halfweight.serving.errors import InputError
 from halfweight.serving.int4 import exact_int4
 from halfweight.serving.linear import CompressedLinear
-from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, LowRankScheme, SelectionScheme
+from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, SelectionScheme
 from halfweight.serving.sharding import along_rows, column_scheme, row_scheme
 from halfweight.serving.storage import Selection
 from halfweight.serving.warmup import expect, warmup
@@ -24,6 +24,7 @@ from halfweight.triton_kernels.formats import FormatError
 from halfweight.triton_kernels.formats.bits import from_bits, to_bits
 from halfweight.triton_kernels.formats.input_select import InputSelection
 from halfweight.triton_kernels.input_select import reference
+from stored_linears import selecting
 from test_storage import K, N, module, packed
 
 CPU = torch.device("cpu")
@@ -32,23 +33,18 @@ TOP, TOP_BY_NORM = SelectionScheme(threshold="topk"), SelectionScheme(norms=True
 OUTPUTS = IntegerScheme(group_size=16, along="outputs")
 
 
-def scheme(selection: SelectionScheme, rank: int = 0, **fields: Any) -> LinearScheme:
-    branch = LowRankScheme(rank=rank) if rank else None
-    return LinearScheme(**{"pattern": "dense", "density": 1, **fields}, selection=selection, low_rank=branch)
-
-
 SELECTED = {
-    "16-bit": scheme(BY_SIZE),
-    "16-bit, norms, branch": scheme(BY_NORM, 5),
-    "int4, norms, branch": scheme(BY_NORM, 3, integers=OUTPUTS),
-    "8-bit": scheme(BY_SIZE, integers=OUTPUTS.model_copy(update={"bits": 8, "symmetric": True})),
-    "8x1, branch": scheme(
+    "16-bit": selecting(BY_SIZE),
+    "16-bit, norms, branch": selecting(BY_NORM, 5),
+    "int4, norms, branch": selecting(BY_NORM, 3, integers=OUTPUTS),
+    "8-bit": selecting(BY_SIZE, integers=OUTPUTS.model_copy(update={"bits": 8, "symmetric": True})),
+    "8x1, branch": selecting(
         BY_SIZE, 7, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")
     ),
-    "16-bit, top-k": scheme(TOP),
-    "16-bit, top-k, norms, branch": scheme(TOP_BY_NORM, 5),
-    "int4, top-k, norms, branch": scheme(TOP_BY_NORM, 3, integers=OUTPUTS),
-    "8x1, top-k": scheme(
+    "16-bit, top-k": selecting(TOP),
+    "16-bit, top-k, norms, branch": selecting(TOP_BY_NORM, 5),
+    "int4, top-k, norms, branch": selecting(TOP_BY_NORM, 3, integers=OUTPUTS),
+    "8x1, top-k": selecting(
         TOP, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")
     ),
 }
@@ -166,11 +162,11 @@ def test_damaged_tensors_are_refused(name: str) -> None:
 
 def test_a_selection_must_be_the_schemes() -> None:
     with pytest.raises(FormatError, match="a selection of thresholds, norms is not one of 16-bit, inputs by"):
-        storage.pack_selection(scheme(BY_SIZE), Selection(0.5, torch.ones(K)))
+        storage.pack_selection(selecting(BY_SIZE), Selection(0.5, torch.ones(K)))
     with pytest.raises(FormatError, match="a selection of thresholds is not one of 16-bit, top inputs by"):
-        storage.pack_selection(scheme(TOP), Selection(0.5))
+        storage.pack_selection(selecting(TOP), Selection(0.5))
     with pytest.raises(FormatError, match="rank 25 is larger than a linear"):
-        CompressedLinear(scheme(BY_SIZE, 25), K, N, False)
+        CompressedLinear(selecting(BY_SIZE, 25), K, N, False)
 
 
 @pytest.mark.parametrize("count", [1, 13, 50, 64])
@@ -198,16 +194,16 @@ def test_an_old_scheme_reads_as_before_and_a_new_one_says_what_is_new() -> None:
     data = {"quant_method": "halfweight", "format_version": 1, "linears": {"a": old}}
     parsed = ArtifactConfig.parse(data, "config.json")
     assert parsed.linears["a"].selection == BY_NORM and parsed.to_json() == data
-    new = ArtifactConfig(linears={"a": scheme(TOP)}).to_json()["linears"]["a"]["selection"]
+    new = ArtifactConfig(linears={"a": selecting(TOP)}).to_json()["linears"]["a"]["selection"]
     assert new == {"threshold": "topk"}  # a key that older releases refuse
 
 
 def test_a_count_is_not_cut_along_the_inputs() -> None:
     with pytest.raises(InputError, match="threshold: topk with tensor parallel size 1"):
-        column_scheme(scheme(TOP), K, 2)
-    assert column_scheme(scheme(TOP), K, 1) == row_scheme(scheme(TOP), [8]) == scheme(TOP)
+        column_scheme(selecting(TOP), K, 2)
+    assert column_scheme(selecting(TOP), K, 1) == row_scheme(selecting(TOP), [8]) == selecting(TOP)
     counts = torch.tensor([5])
-    assert along_rows(scheme(TOP), "counts", counts, 8, 8) is counts
+    assert along_rows(selecting(TOP), "counts", counts, 8, 8) is counts
 
 
 def test_runs_on_the_kernels_and_says_so(name: str) -> None:
