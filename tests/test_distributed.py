@@ -30,9 +30,10 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"pass": "gptq", "group_size": 32, "targets": ["*.mlp.*"], "low_rank": {"fraction": 0.5}},
             {
                 "pass": "keep",
-                "targets": ["*.self_attn.*"],
+                "targets": ["q_proj", "k_proj", "v_proj"],
                 "selection": {"sparsity": 0.4, "score": "l2", "channels": 0.6, "allocation": "greedy"},
             },
+            {"pass": "keep", "targets": ["o_proj"], "selection": {"sparsity": 0.4, "threshold": "prompt"}},
         ],
     },
 }
