@@ -3,10 +3,12 @@
     python scripts/compare_selection.py MODEL --calibration C4.txt --text WIKITEXT.txt --windows 16 --out results/
 
 Compresses MODEL by each method at each level (the share of bytes that is not read), scores it on --text, and prints one
-table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has at
-the same level: 1 is TEAL, 0 the dense model. Beside it stands the share of greedy tokens that are the dense model's,
-before the first that is not, in continuations of the text that is scored. `random` is the control of the search: as
-many trials, spread evenly.
+table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has: 1
+is TEAL, 0 the dense model. Thresholds meet a level on the calibration text, so that on the text that is scored methods
+read a little more or less: TEAL is the cell of it that reads nearest as many bytes, at most 1 % more or fewer, and more
+of them can be asked for (--teal-levels). `agreement` is the share of greedy tokens that are the dense model's, before
+the first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
+spread evenly.
 Searches and thresholds see --calibration alone, and all but the first 1 % of each window's tokens select.
 
 Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
@@ -46,6 +48,8 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "rsparse": (_RSPARSE, None),
     "rsparse-searched": (_RSPARSE, "evolution"),
     "rsparse-random": (_RSPARSE, "random"),
+    "teal-greedy-searched": (_GREEDY, "evolution"),
+    "teal-greedy-random": (_GREEDY, "random"),
     # Beyond the defaults.
     "rsparse-tpe": (_RSPARSE, "tpe"),
     "rsparse-cma": (_RSPARSE, "cma"),
@@ -53,18 +57,17 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, "evolution"),
     "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
     "teal-searched": ({}, "evolution"),
-    "teal-greedy-searched": (_GREEDY, "evolution"),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
-DEFAULT = ("teal", "teal-greedy", "wina", "rsparse", "rsparse-searched", "rsparse-random")
-BASELINE = "teal"
+DEFAULT = tuple(METHODS)[:8]
+BASELINE, EQUAL = "teal", 0.01
 
 Cell = dict[str, Any]
 console = Console()
 
 
-def recipe_of(method: str, level: int, settings: Mapping[str, Any]) -> Recipe:
+def recipe_of(method: str, level: float, settings: Mapping[str, Any]) -> Recipe:
     """`method` at `level` %, calibrated and searched as `settings` say."""
     selection, search = METHODS[method]
     calibration = {
@@ -74,7 +77,7 @@ def recipe_of(method: str, level: int, settings: Mapping[str, Any]) -> Recipe:
         "seed": settings["seed"],
     }
     stage = {"pass": "keep", "selection": {"sparsity": level / 100, **selection}}
-    data: dict[str, Any] = {"name": f"{method}-{level}", "calibration": calibration, "stages": [stage]}
+    data: dict[str, Any] = {"name": f"{method}-{level:g}", "calibration": calibration, "stages": [stage]}
     if search is not None:
         data["search"] = {
             "method": search,
@@ -87,14 +90,14 @@ def recipe_of(method: str, level: int, settings: Mapping[str, Any]) -> Recipe:
 
 
 def run_cell(
-    model: str, dense: Cell, method: str, level: int, settings: Mapping[str, Any], out: Path, keep: bool
+    model: str, dense: Cell, method: str, level: float, settings: Mapping[str, Any], out: Path, keep: bool
 ) -> Cell:
     """Compress and score one cell, or take it from its file."""
-    file = out / f"{method}-{level}.json"
+    file = out / f"{method}-{level:g}.json"
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    artifact = out / f"{method}-{level}"
-    console.print(f"{method} at {level} %", highlight=False)
+    artifact = out / f"{method}-{level:g}"
+    console.print(f"{method} at {level:g} %", highlight=False)
     with progress_bars() as progress:
         report = compress_checkpoint(
             model,
@@ -150,16 +153,21 @@ def continuations(folder: str | Path, settings: Mapping[str, Any]) -> list[list[
 
 
 def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
-    """The cells with the `share` of the baseline's increase in log perplexity over dense, where it was measured."""
+    """The cells with the `share` of the baseline's increase in log perplexity over dense, where one reads as much."""
 
     def increase(cell: Cell) -> float:
         return math.log(cell["perplexity"] / dense["perplexity"])
 
-    baseline = {cell["level"]: increase(cell) for cell in cells if cell["method"] == BASELINE}
-    return [
-        {**cell, "share": increase(cell) / baseline[cell["level"]] if baseline.get(cell["level"]) else None}
-        for cell in cells
-    ]
+    def share(cell: Cell) -> float | None:
+        apart = {
+            abs(cell["bytes_read_fraction"] / other["bytes_read_fraction"] - 1): other
+            for other in cells
+            if other["method"] == BASELINE
+        }
+        nearest = min(apart, default=math.inf)
+        return increase(cell) / increase(apart[nearest]) if nearest <= EQUAL else None
+
+    return [{**cell, "share": share(cell)} for cell in cells]
 
 
 def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> None:
@@ -168,7 +176,7 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
         f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
     )
     rows = Table(title=f"{settings['model']}: {about}", title_justify="left")
-    headers = ("level", "method", "perplexity", "share of TEAL's increase", "agreement", "bytes read", "trials")
+    headers = ("level", "method", "perplexity", "share", "agreement", "bytes read", "trials")
     for number, header in enumerate(headers):
         rows.add_column(header, justify="left" if number == 1 else "right", no_wrap=number == 1)
     for level in dict.fromkeys(cell["level"] for cell in cells):
@@ -176,7 +184,7 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
         for cell in alike:
             best = cell["perplexity"] == min(other["perplexity"] for other in alike)
             rows.add_row(
-                f"{level} %",
+                f"{level:g} %",
                 cell["method"],
                 f"{cell['perplexity']:.3f}",
                 "-" if cell["share"] is None else f"{cell['share']:.3f}",
@@ -204,7 +212,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, help="text to calibrate and search on")
     parser.add_argument("--text", required=True, help="text to score on, which nothing else sees")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cells")
-    parser.add_argument("--levels", type=int, nargs="+", default=[40, 50, 65], help="%% of the bytes not read")
+    parser.add_argument("--levels", type=float, nargs="+", default=[40, 50, 65], help="%% of the bytes not read")
+    parser.add_argument("--teal-levels", type=float, nargs="+", default=[], help="more of them, for the measure alone")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -237,11 +246,12 @@ def main(given: Sequence[str] | None = None) -> None:
     check_settings(options.out, settings)
     folder = str(resolve_model(options.model).path)
     dense = dense_cell(folder, settings, options.out)
+    asked = [(level, method) for level in options.levels for method in options.methods]
+    asked += [(level, BASELINE) for level in options.teal_levels]
     cells = [
         run_cell(folder, dense, method, level, settings, options.out, options.keep)
-        for level in options.levels
-        for method in options.methods
-        if not options.report_only or (options.out / f"{method}-{level}.json").is_file()
+        for level, method in asked
+        if not options.report_only or (options.out / f"{method}-{level:g}.json").is_file()
     ]
     cells = with_shares(cells, dense)
     show(cells, dense, settings)
