@@ -344,6 +344,6 @@ def test_methods_are_compared_at_equal_bytes(
 
 
 def test_searched_recipes_ship() -> None:
-    for name in ("rsparse-50-searched", "rsparse-65-searched"):
+    for name in ("rsparse-50-searched", "rsparse-65-searched", "teal-50-searched", "teal-65-searched"):
         shipped = Recipe.load(named_recipes()[name])
         assert shipped.search == Search()
