@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -171,29 +172,24 @@ def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
 
 
 def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> None:
-    """One table, a block of rows per level."""
+    """One table, in Markdown."""
     about = (
         f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
     )
-    rows = Table(title=f"{settings['model']}: {about}", title_justify="left")
-    headers = ("level", "method", "perplexity", "share", "agreement", "bytes read", "trials")
+    rows = Table(title=f"{settings['model']}: {about}", title_justify="left", box=MARKDOWN)
+    headers = ("level", "method", "perplexity", "share", "agreement", "read", "trials")
     for number, header in enumerate(headers):
         rows.add_column(header, justify="left" if number == 1 else "right", no_wrap=number == 1)
-    for level in dict.fromkeys(cell["level"] for cell in cells):
-        alike = [cell for cell in cells if cell["level"] == level]
-        for cell in alike:
-            best = cell["perplexity"] == min(other["perplexity"] for other in alike)
-            rows.add_row(
-                f"{level:g} %",
-                cell["method"],
-                f"{cell['perplexity']:.3f}",
-                "-" if cell["share"] is None else f"{cell['share']:.3f}",
-                "-" if cell["agreement"] is None else f"{100 * cell['agreement']:.1f} %",
-                f"{cell['bytes_read_fraction']:.4f}",
-                str(len(cell["search"])) if cell["search"] else "-",
-                style="bold" if best else None,
-            )
-        rows.add_section()
+    for cell in cells:
+        rows.add_row(
+            f"{cell['level']:g} %",
+            cell["method"],
+            f"{cell['perplexity']:.3f}",
+            "-" if cell["share"] is None else f"{cell['share']:.3f}",
+            "-" if cell["agreement"] is None else f"{100 * cell['agreement']:.1f} %",
+            f"{cell['bytes_read_fraction']:.4f}",
+            str(len(cell["search"])) if cell["search"] else "-",
+        )
     console.print(rows)
 
 
