@@ -6,7 +6,7 @@ Compresses MODEL by each method at each level (the share of bytes that is not re
 table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has: 1
 is TEAL, 0 the dense model. Thresholds meet a level on the calibration text, so that on the text that is scored methods
 read a little more or less: TEAL is the cell of it that reads nearest as many bytes, at most 1 % more or fewer, and more
-of them can be asked for (--teal-levels). `agreement` is the share of greedy tokens that are the dense model's, before
+of them can be asked for (--teal-levels). `agrees` is the share of greedy tokens that are the dense model's, before
 the first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
 spread evenly.
 Searches and thresholds see --calibration alone, and all but the first 1 % of each window's tokens select.
@@ -177,7 +177,7 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
         f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
     )
     rows = Table(title=f"{settings['model']}: {about}", title_justify="left", box=MARKDOWN)
-    headers = ("level", "method", "perplexity", "share", "agreement", "read", "trials")
+    headers = ("level", "method", "perplexity", "share", "agrees", "read", "trials")
     for number, header in enumerate(headers):
         rows.add_column(header, justify="left" if number == 1 else "right", no_wrap=number == 1)
     for cell in cells:
