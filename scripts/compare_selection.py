@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "rsparse-random": (_RSPARSE, "random"),
     "teal-greedy-searched": (_GREEDY, "evolution"),
     "teal-greedy-random": (_GREEDY, "random"),
+    "teal-greedy-descent": (_GREEDY, "descent"),
     # Beyond the defaults.
     "rsparse-tpe": (_RSPARSE, "tpe"),
     "rsparse-cma": (_RSPARSE, "cma"),
@@ -61,7 +62,7 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
-DEFAULT = tuple(METHODS)[:8]
+DEFAULT = tuple(METHODS)[:9]
 BASELINE, EQUAL = "teal", 0.01
 
 Cell = dict[str, Any]

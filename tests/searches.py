@@ -13,7 +13,7 @@ from recipe_cases import SHAPES
 
 BLOCKS = [{n: s for n, s in SHAPES.items() if n.startswith(f"model.layers.{i}.")} for i in range(12)]
 KEEP = {"pass": "keep", "selection": {"sparsity": 0.5}}
-METHODS = ["evolution", "random", "tpe", "cma"]
+METHODS = ["evolution", "descent", "random", "tpe", "cma"]
 
 
 def recipe(text: Path | None = None, search: dict[str, Any] | None = None, **selection: Any) -> Recipe:

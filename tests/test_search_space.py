@@ -103,7 +103,7 @@ def test_a_strategy_starts_in_the_middle_and_repeats_itself(method: str) -> None
     assert run(settings.model_copy(update={"seed": 1}), 6, bowl)[1:] != points[1:]
 
 
-@pytest.mark.parametrize("method", ["evolution", "tpe", "cma"])
+@pytest.mark.parametrize("method", ["evolution", "descent", "tpe", "cma"])
 def test_a_search_beats_the_start_and_the_control(method: str) -> None:
     need(method)
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Method = Literal["evolution", "tpe", "cma", "random"]
+Method = Literal["evolution", "descent", "tpe", "cma", "random"]
 
 # What a user may choose on the command line.
-CHOICES: tuple[str, ...] = ("none", "evolution", "tpe", "cma", "random")
+CHOICES: tuple[str, ...] = ("none", "evolution", "descent", "tpe", "cma", "random")
 
 
 class Search(BaseModel):
@@ -21,7 +21,8 @@ class Search(BaseModel):
     of `seqlen` tokens of the dev set. The `objective` is the divergence (`kl`) from the dense model's predictions, or
     the perplexity.
 
-    `evolution` keeps the best `population` trials and crosses and mutates them; `tpe` and `cma` model what is good
+    `evolution` keeps the best `population` trials and crosses and mutates them; `descent` measures what each group's
+    reading is worth and moves bytes to where they are worth most; `tpe` and `cma` model what is good
     (they need the package optuna); `random` is the control that a search has to beat.
     """
 
