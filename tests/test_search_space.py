@@ -100,7 +100,8 @@ def test_a_strategy_starts_in_the_middle_and_repeats_itself(method: str) -> None
     assert points[0] == [0.5] * 6 and len({tuple(point) for point in points}) == 30
     assert all(0 <= x <= 1 for point in points for x in point)
     assert run(settings, 6, bowl) == points
-    assert run(settings.model_copy(update={"seed": 1}), 6, bowl)[1:] != points[1:]
+    reseeded = run(settings.model_copy(update={"seed": 1}), 6, bowl)
+    assert (reseeded == points) == (method == "descent")  # which draws nothing
 
 
 @pytest.mark.parametrize("method", ["evolution", "descent", "tpe", "cma"])
