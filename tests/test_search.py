@@ -344,6 +344,7 @@ def test_methods_are_compared_at_equal_bytes(
 
 
 def test_searched_recipes_ship() -> None:
-    for name in ("rsparse-50-searched", "rsparse-65-searched", "teal-50-searched", "teal-65-searched"):
-        shipped = Recipe.load(named_recipes()[name])
-        assert shipped.search == Search()
+    for name, method in (("rsparse", "evolution"), ("teal", "descent")):
+        for level in (50, 65):
+            shipped = Recipe.load(named_recipes()[f"{name}-{level}-searched"])
+            assert shipped.search == Search.model_validate({"method": method})
