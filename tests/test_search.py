@@ -276,7 +276,10 @@ def test_a_profile_for_no_linear_is_refused() -> None:
     [
         ("search: {trials: 1}", "search.trials: Input should be greater than or equal to 2, got 1"),
         ("search: {trails: 9}", "search.trails: unknown key; did you mean 'trials'?"),
-        ("search: {method: genetic}", "search.method: Input should be 'evolution', 'tpe', 'cma' or 'random'"),
+        (
+            "search: {method: genetic}",
+            "search.method: Input should be 'evolution', 'descent', 'tpe', 'cma' or 'random'",
+        ),
         ("search: {vary: []}", "search.vary: Tuple should have at least 1 item"),
     ],
 )
