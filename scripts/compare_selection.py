@@ -6,10 +6,9 @@ Compresses MODEL by each method at each level (the share of bytes that is not re
 table. Its measure is the share of TEAL-uniform's increase in log perplexity over the dense model that a method has: 1
 is TEAL, 0 the dense model. Thresholds meet a level on the calibration text, so that on the text that is scored methods
 read a little more or less: TEAL is the cell of it that reads nearest as many bytes, at most 1 % more or fewer, and more
-of them can be asked for (--teal-levels). `agrees` is the share of greedy tokens that are the dense model's, before
-the first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
-spread evenly.
-Searches and thresholds see --calibration alone, and all but the first 1 % of each window's tokens select.
+of them can be asked for (--teal-levels). `agrees` is the share of greedy tokens that are the dense model's, before the
+first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
+spread evenly. Searches and thresholds see --calibration alone; all but the first 1 % of a window's tokens select.
 
 Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
 on where it stopped, also within a cell; --report-only makes the table of the finished cells.
@@ -42,7 +41,7 @@ _RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
 _GREEDY = {"allocation": "greedy"}
 
 # Method -> its selection, and how it searches.
-METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
+DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal": ({}, None),
     "teal-greedy": (_GREEDY, None),
     "wina": ({"score": "l2"}, None),
@@ -52,7 +51,8 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal-greedy-searched": (_GREEDY, "evolution"),
     "teal-greedy-random": (_GREEDY, "random"),
     "teal-greedy-descent": (_GREEDY, "descent"),
-    # Beyond the defaults.
+}
+METHODS = DEFAULT | {
     "rsparse-tpe": (_RSPARSE, "tpe"),
     "rsparse-cma": (_RSPARSE, "cma"),
     "rsparse-inputs": ({**_RSPARSE, "branch": "inputs"}, None),
@@ -62,7 +62,6 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
-DEFAULT = tuple(METHODS)[:9]
 BASELINE, EQUAL = "teal", 0.01
 
 Cell = dict[str, Any]
@@ -161,13 +160,11 @@ def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
         return math.log(cell["perplexity"] / dense["perplexity"])
 
     def share(cell: Cell) -> float | None:
-        apart = {
-            abs(cell["bytes_read_fraction"] / other["bytes_read_fraction"] - 1): other
-            for other in cells
-            if other["method"] == BASELINE
-        }
-        nearest = min(apart, default=math.inf)
-        return increase(cell) / increase(apart[nearest]) if nearest <= EQUAL else None
+        def apart(other: Cell) -> float:
+            return float(abs(cell["bytes_read_fraction"] / other["bytes_read_fraction"] - 1))
+
+        nearest = min((other for other in cells if other["method"] == BASELINE), key=apart, default=None)
+        return None if nearest is None or apart(nearest) > EQUAL else increase(cell) / increase(nearest)
 
     return [{**cell, "share": share(cell)} for cell in cells]
 

@@ -346,6 +346,15 @@ def test_methods_are_compared_at_equal_bytes(
         script.main([*map(str, flags), "--seed", "1"])
 
 
+def test_shares_are_of_the_baseline_that_reads_as_much() -> None:
+    def cell(method: str, perplexity: float, read: float) -> dict[str, Any]:
+        return {"method": method, "perplexity": perplexity, "bytes_read_fraction": read}
+
+    cells = [cell("teal", 80, 0.34), cell("teal", 40, 0.35), cell("wina", 20, 0.349), cell("wina", 20, 0.36)]
+    shares = [row["share"] for row in load_script("compare_selection").with_shares(cells, {"perplexity": 10.0})]
+    assert shares[:3] == pytest.approx([1, 1, 0.5]) and shares[3] is None
+
+
 def test_searched_recipes_ship() -> None:
     for name in ("rsparse-50", "rsparse-65", "teal-50", "teal-65"):
         shipped = Recipe.load(named_recipes()[f"{name}-searched"])

@@ -22,8 +22,8 @@ class Search(BaseModel):
     the perplexity.
 
     `evolution` keeps the best `population` trials and crosses and mutates them; `descent` measures what each group's
-    reading is worth and moves bytes to where they are worth most; `tpe` and `cma` model what is good
-    (they need the package optuna); `random` is the control that a search has to beat.
+    reading is worth and moves bytes to where they are worth most; `tpe` and `cma` model what is good (they need the
+    package optuna); `random` is the control that a search has to beat.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
