@@ -92,7 +92,7 @@ def main() -> None:
     failures = []
     for name in args.targets:
         target = TARGETS[name]()
-        failures += run(target, args.inputs // len(args.targets), args.seed, args.seconds, args.memory, args.keep)
+        failures += run(target, -(-args.inputs // len(args.targets)), args.seed, args.seconds, args.memory, args.keep)
         total = sum(target.outcomes.values())
         print(f"{name}: {total} inputs, {len(target.outcomes)} outcomes, {target.outcomes['accepted']} accepted")
         for outcome, count in target.outcomes.most_common(12):
