@@ -113,6 +113,8 @@ def show_trials(found: TargetReport) -> None:
 
 def show(report: CompressionReport) -> None:
     """The summary table of a finished compression."""
+    from ..eval.selection import inputs_read
+
     if report.note:
         say(f"note: {report.note}")
     worst = max(report.layers, key=lambda layer: layer.error)
@@ -127,6 +129,8 @@ def show(report: CompressionReport) -> None:
     )
     rows.add_row("size on disk", human_bytes(report.bytes))
     rows.add_row("relative output error", f"worst {worst.error:.3f} at {worst.name}")
+    if read := inputs_read({layer.name: layer.stats for layer in report.layers}):
+        rows.add_row("inputs read", read)
     if experts := [layer for layer in report.layers if "by_magnitude" in layer.stats]:
         rare = [layer for layer in experts if layer.stats["by_magnitude"] > 0]
         unseen = sum(layer.stats["tokens"] == 0 for layer in rare)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -37,6 +37,24 @@ def require_scored_apart(artifact: ArtifactConfig | None, where: str | Path) -> 
             f"{where}: threshold: prompt lets a prompt choose the inputs, which tasks and comparisons do not tell from"
             " what follows; score it with `halfweight eval`, and other models with the same --prompt-tokens"
         )
+
+
+def inputs_read(stats: Mapping[str, Mapping[str, float | None]]) -> str | None:
+    """In words, what the linears of a report read on the dev set beside what they were to, from the `stats` of each by
+    name; None where none was to read a share. Thresholds are of the calibration text, so other text reads otherwise."""
+    shares = {}
+    for name, found in stats.items():
+        read, wanted = found.get("inputs_read"), found.get("inputs_wanted")
+        if read is not None and wanted is not None:
+            shares[name] = (read, wanted)
+    if not shares:
+        return None
+    read, wanted = (sum(column) / len(shares) for column in zip(*shares.values(), strict=True))
+    worst = max(shares, key=lambda name: abs(shares[name][0] - shares[name][1]))
+    return (
+        f"{read:.1%} on held-out text, aimed at {wanted:.1%}; farthest off {worst}: {shares[worst][0]:.1%} for"
+        f" {shares[worst][1]:.1%}"
+    )
 
 
 class Reading:

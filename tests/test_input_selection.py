@@ -15,7 +15,7 @@ from halfweight import InputError, Recipe, compress_checkpoint
 from halfweight.compress.plan import plan
 from halfweight.compress.target import with_removed
 from halfweight.eval.perplexity import evaluate
-from halfweight.eval.selection import selecting_tokens
+from halfweight.eval.selection import inputs_read, selecting_tokens
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.scheme import IntegerScheme, LinearScheme
 from halfweight.triton_kernels.formats.bits import from_bits
@@ -182,6 +182,17 @@ def test_every_selector_goes_through_a_run(
     interrupt(llama, chosen, tmp_path / "again", stop_in_block(1), dtype="float32")
     assert compress_checkpoint(llama, chosen, tmp_path / "again", dtype="float32").blocks_resumed == 1
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_report_says_how_far_reading_is_from_what_was_aimed_at() -> None:
+    stats = {
+        "a": {"inputs_read": 0.53, "inputs_wanted": 0.5},
+        "b": {"inputs_read": 0.6, "inputs_wanted": 0.7},
+        "c": {"inputs_read": None, "inputs_wanted": 0.2},
+        "d": {"damping": 0.01},
+    }
+    assert inputs_read(stats) == "56.5% on held-out text, aimed at 60.0%; farthest off b: 60.0% for 70.0%"
+    assert inputs_read({"d": stats["d"]}) is None
 
 
 def test_a_truncation_error_decides_how_much_is_read(llama: Path, text_file: Path, tmp_path: Path) -> None:

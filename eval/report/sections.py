@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from statistics import median
 
+from ..selection import inputs_read
 from . import charts
 from .charts import Point
 from .facts import Artifact, by_block, comparable
@@ -153,6 +154,8 @@ def layers(sources: Sources) -> Section:
     if unread and mapped and max(unread.values()) - min(unread.values()) > _UNIFORM:
         svg = charts.heat_map(names, blocks, unread, "share of bytes not read")
         figures.append(Figure(svg, "Budget of each linear: the share of its bytes that a token does not read."))
+    if read := inputs_read({layer.name: layer.stats for layer in run.layers}):
+        text.append(f"Inputs read, mean over the linears: {read}.")
     density = {spots[layer.name]: layer.density for layer in held if layer.name in spots}
     spread = max(density.values(), default=0.0) - min(density.values(), default=0.0)
     if spread > _UNIFORM and mapped:
