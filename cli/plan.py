@@ -7,7 +7,13 @@ from typing import Any
 from . import options
 from .output import human_seconds, out, table, write_json
 
-STAGE_NAMES = {"search": "search", "compress": "compress", "block": "tune by block", "end_to_end": "tune end to end"}
+STAGE_NAMES = {
+    "allocation": "allocate",
+    "search": "search",
+    "compress": "compress",
+    "block": "tune by block",
+    "end_to_end": "tune end to end",
+}
 
 
 def plan(

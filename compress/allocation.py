@@ -7,7 +7,7 @@ forward passes per linear instead of hundreds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..serving.linear import SelectingLinear
+from ..serving.scheme import LinearScheme
 from ..serving.storage import pack_selection, selection_of
 from .blocks import BlockWalker
 from .passes.base import SelectionSettings, StageConfig
@@ -60,26 +61,40 @@ def allocate(
     sharing = {
         name: linear
         for name, linear in linears.items()
-        if isinstance(linear, SelectingLinear) and _settings(stages[name]).allocation == "greedy"
+        if isinstance(linear, SelectingLinear) and selection_of_stage(stages[name]).allocation == "greedy"
     }
     curves = error_curves(run, sharing, stages, inputs) if sharing else {}
-    weights = {name: weight_bits(stages[name], linear) for name, linear in sharing.items()}
-    return divide(curves, weights, {name: _settings(stages[name]).sparsity for name in sharing})
+    weights = {name: weight_bits(stages[name], (n.out_features, n.in_features)) for name, n in sharing.items()}
+    return divide(curves, weights, {name: selection_of_stage(stages[name]).sparsity for name in sharing})
 
 
 def with_sparsities(stages: Mapping[str, StageConfig], sparsities: Mapping[str, float]) -> dict[str, StageConfig]:
     """The stages (by linear) named in `sparsities`, with these."""
     changed = {}
     for name, sparsity in sparsities.items():
-        selection = _settings(stages[name]).model_copy(update={"sparsity": sparsity})
+        selection = selection_of_stage(stages[name]).model_copy(update={"sparsity": sparsity})
         changed[name] = stages[name].model_copy(update={"selection": selection})
     return changed
 
 
-def weight_bits(stage: StageConfig, linear: nn.Linear) -> int:
-    """Bits of a linear's weight as its `stage` stores it, of which the sparsity is not read."""
-    shape = (linear.out_features, linear.in_features)
-    return _settings(stage).bits(shape, stage.weight_scheme(shape))[0]
+def weight_bits(stage: StageConfig, shape: tuple[int, int]) -> int:
+    """Bits of the weight of a linear of `shape` `(N, K)` as its `stage` stores it, a part of which is read."""
+    return selection_of_stage(stage).bits(shape, stage.weight_scheme(shape))[0]
+
+
+def without_branch(
+    stage: StageConfig, shape: tuple[int, int], levels: Sequence[float]
+) -> Iterator[tuple[float, SelectionSettings, LinearScheme]]:
+    """Each of the `levels` and the `stage`'s own sparsity, rising, with the settings and the scheme of a linear of
+    `shape` `(N, K)` that does not read so much and has no branch; up to where norms alone are more than may be read."""
+    settings, weight = selection_of_stage(stage), stage.weight_scheme(shape)
+    for level in sorted({*levels, settings.sparsity}):
+        trial = settings.model_copy(update={"sparsity": level, "channels": 1.0})
+        try:
+            scheme = trial.scheme(weight, shape)
+        except ValueError:
+            return
+        yield level, trial, scheme
 
 
 @torch.no_grad()
@@ -91,9 +106,11 @@ def error_curves(
 ) -> dict[str, dict[float, float]]:
     """What a block's outputs lose (`token_errors`) by each of its `linears` alone at some sparsities, that of its stage
     among them: name -> sparsity -> error. Arguments as for `allocate`."""
-    settings = {name: _settings(stages[name]) for name in linears}
     sketches = {name: QuantileSketch() for name in linears}
-    norms = {name: column_norms(linear.weight.float(), settings[name].score) for name, linear in linears.items()}
+    norms = {
+        name: column_norms(linear.weight.float(), selection_of_stage(stages[name]).score)
+        for name, linear in linears.items()
+    }
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: sketches[name].add(scores(args[0], norms[name]))
@@ -105,13 +122,7 @@ def error_curves(
     curves: dict[str, dict[float, float]] = {name: {} for name in linears}
     for name, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
-        weight = stages[name].weight_scheme(shape)
-        for level in sorted({*LEVELS, settings[name].sparsity}):
-            trial = settings[name].model_copy(update={"sparsity": level, "channels": 1.0})
-            try:
-                scheme = trial.scheme(weight, shape)
-            except ValueError:
-                break  # norms alone are more than this and higher levels may read
+        for level, trial, scheme in without_branch(stages[name], shape, LEVELS):
             chosen = threshold_of(sketches[name], norms[name], trial, scheme, shape)
             linear.selection = selection_of(scheme, pack_selection(scheme, chosen))
             curves[name][level] = sum(token_errors(run(x), y) for x, y in zip(inputs, wanted, strict=True))
@@ -163,6 +174,7 @@ def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return hull
 
 
-def _settings(stage: StageConfig) -> SelectionSettings:
+def selection_of_stage(stage: StageConfig) -> SelectionSettings:
+    """The selection of a stage that has one."""
     assert stage.selection is not None  # only such stages allocate
     return stage.selection

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
 from . import provenance, vocabulary, writer
+from .allocation import with_sparsities
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
+from .fisher import allocate_by_fisher
 from .journal import Journal, clear_scaffold, fingerprint, tokens_hash
 from .memory import peak_rss_gb, release_memory
 from .passes import StageConfig
@@ -43,6 +46,8 @@ from .run import Run
 from .search.run import search, space_of
 from .streams import activation_bytes, check_budget, spilled_bytes
 from .world import ALONE, World
+
+_ALLOCATION = "allocation"  # notes about it in the journal
 
 
 def compress_checkpoint(
@@ -94,7 +99,8 @@ def compress_checkpoint(
     walker = BlockWalker(checkpoint, where, compute_dtype(dtype, where, stored_dtype(checkpoint)))
     shapes = walker.linear_shapes()
     stages = recipe.resolve(shapes)
-    space = None if recipe.search is None else space_of(walker, recipe.search, stages)
+    if recipe.search is not None:
+        space_of(walker, recipe.search, stages)  # whether it can search
     _check_experts(recipe, stages, shapes)
     sizes = (recipe, shapes, walker.model.config.get_text_config().hidden_size, walker.dtype.itemsize)
     spill = activation_memory is not None and activation_bytes(*sizes) / world.size > activation_memory * 1e9
@@ -113,8 +119,10 @@ def compress_checkpoint(
         tokens = [*windows.all, *windows.dev, *windows.search]
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(work, identity, fresh, world)
+        stages |= with_sparsities(stages, _allocated(walker, stages, windows, recipe, journal, progress))
         searched = None
-        if space is not None:
+        if recipe.search is not None:
+            space = space_of(walker, recipe.search, stages)
             searched = search(walker, recipe, space, stages, windows, journal, progress)
             recipe = searched.recipe
             stages = recipe.resolve(shapes)
@@ -195,9 +203,34 @@ def compress_checkpoint(
         return report
 
 
+def _allocated(
+    walker: BlockWalker,
+    stages: Mapping[str, StageConfig],
+    windows: Windows,
+    recipe: Recipe,
+    journal: Journal,
+    progress: OnProgress,
+) -> dict[str, float]:
+    """What `allocate_by_fisher` gives linears; found once in a run, by the leader of its processes."""
+    if not any(stage.selection is not None and stage.selection.allocation == "fisher" for stage in stages.values()):
+        return {}
+    if not journal.notes(_ALLOCATION):
+        steps = count(1)
+
+        def say(text: str) -> None:
+            progress(Progress("allocate", next(steps), 2 * walker.n_blocks + 1, text))
+
+        leads = journal.world.leads
+        found = allocate_by_fisher(walker, stages, windows.calibration, recipe.calibration.seed, say) if leads else {}
+        journal.note(_ALLOCATION, found)
+        release_memory()
+    return dict(journal.notes(_ALLOCATION)[0])
+
+
 _DOING = {
     "model": "the model was being fetched",
     "embed": "calibration text was being embedded",
+    "allocate": "bytes were being divided between the blocks",
     "verify": "the artifact was being verified",
 }
 

@@ -19,6 +19,7 @@ from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
+from .fisher import TOKENS
 from .outline import Outline, has_weights
 from .passes import PASSES, StageConfig, needs_of
 from .recipe import Embeddings, Recipe
@@ -53,14 +54,15 @@ class PlannedLayer(BaseModel):
 
 
 class PlannedStage(BaseModel):
-    """One stretch of the run: a `search`, the passes (`compress`), or a stage of tuning; modelled.
+    """One stretch of the run: an `allocation` over all blocks, a `search`, the passes (`compress`), or a stage of
+    tuning; modelled.
 
     In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
     beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated, tried or
     trained on, repeats included.
     """
 
-    name: Literal["search", "compress", "block", "end_to_end"]
+    name: Literal["allocation", "search", "compress", "block", "end_to_end"]
     tokens: int
     device_gb: float
     host_gb: float
@@ -194,7 +196,11 @@ def _stages(
     )
     speed = matmul_speed(walker.device, walker.dtype) * _MATMUL_SHARE
     bandwidth = _bandwidth(walker.device)
-    found = [] if recipe.search is None else [_search_stage(walker, recipe, recipe.search, stages, shapes, speed)]
+    found = []
+    if any(stage.selection is not None and stage.selection.allocation == "fisher" for stage in stages.values()):
+        found.append(_allocation_stage(walker, recipe, shapes, speed))
+    if recipe.search is not None:
+        found.append(_search_stage(walker, recipe, recipe.search, stages, shapes, speed))
     spilled = spilled_bytes(recipe, shapes, work.hidden, work.itemsize) if spill else 0.0
     found += [
         PlannedStage(
@@ -223,6 +229,29 @@ def _stages(
             )
         )
     return found
+
+
+def _allocation_stage(
+    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float
+) -> PlannedStage:
+    """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host.
+
+    The backward pass of a block runs it again, and multiplies with its weights twice.
+    """
+    text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
+    tokens = min(calibration.samples, max(1, TOKENS // calibration.seqlen)) * calibration.seqlen
+    batch = batch_size(calibration.seqlen) * calibration.seqlen
+    weights, head = sum(prod(shape) for shape in shapes.values()), text.vocab_size * text.hidden_size
+    blocks = [[shapes[name] for name in walker.block_linears(index)] for index in range(walker.n_blocks)]
+    numbers = max(sum(prod(shape) + 2 * batch * sum(shape) for shape in block) for block in blocks)
+    return PlannedStage(
+        name="allocation",
+        tokens=tokens,
+        device_gb=(max(numbers, head) + 2 * tokens * text.hidden_size) * size / 1e9,
+        host_gb=(BASE + walker.n_blocks * tokens * text.hidden_size * size) / 1e9,
+        disk_gb=0.0,
+        seconds=(8.0 * weights + 6.0 * head) * tokens / speed,
+    )
 
 
 def _search_stage(

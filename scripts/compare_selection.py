@@ -39,6 +39,7 @@ from halfweight.serving.sources import resolve_model
 
 _RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
 _GREEDY = {"allocation": "greedy"}
+_FISHER = {"allocation": "fisher"}
 
 # Method -> its selection, and how it searches.
 DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -51,6 +52,8 @@ DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal-greedy-searched": (_GREEDY, "evolution"),
     "teal-greedy-random": (_GREEDY, "random"),
     "teal-greedy-descent": (_GREEDY, "descent"),
+    "teal-fisher": (_FISHER, None),
+    "teal-fisher-searched": (_FISHER, "evolution"),
 }
 METHODS = DEFAULT | {
     "rsparse-tpe": (_RSPARSE, "tpe"),
@@ -59,6 +62,9 @@ METHODS = DEFAULT | {
     "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, "evolution"),
     "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
     "teal-searched": ({}, "evolution"),
+    "teal-fisher-descent": (_FISHER, "descent"),
+    "wina-fisher": ({"score": "l2", **_FISHER}, None),
+    "rsparse-fisher": ({**_RSPARSE, **_FISHER}, None),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them

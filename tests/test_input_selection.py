@@ -267,8 +267,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "truncation leaves no bytes to share; remove channels and allocation",
     ),
     (
-        {"pass": "keep", "selection": {"sparsity": 0.5, "score": "gradient", "allocation": "greedy"}},
-        "allocation: greedy does not collect the gradients of score: gradient",
+        {"pass": "keep", "selection": {"sparsity": 0.5, "score": "gradient", "allocation": "fisher"}},
+        "allocation: fisher does not collect the gradients of score: gradient",
     ),
     ({"pass": "keep", "selection": {"sparsity": 0.99, "score": "l2"}}, "sparsity 0.99 leaves no bytes for inputs"),
     ({"pass": "keep", "selection": SELECTION, "low_rank": {}}, "low_rank: beside a selection, selection.channels says"),

@@ -65,9 +65,10 @@ class SelectionSettings(BaseModel):
 
     `channels` is the share of the bytes read that goes to inputs; the rest goes to a low-rank branch for the inputs
     that are not read, the truncated SVD of the `weight` or fitted to the unread `inputs` of the calibration. With
-    `allocation: greedy` the linears of a block share its budget so that its outputs suffer least; `uniform` gives all
-    the same sparsity. `profile` has other sparsities and channels for linears, or for all linears of a module such as
-    `model.layers.3`; it is what a search leaves behind.
+    `allocation: greedy` the linears of a block share its budget so that its outputs suffer least, and with `fisher`
+    those of all blocks so that the model's predictions do (`fisher.py`); `uniform` gives all the same sparsity.
+    `profile` has other sparsities and channels for linears, or for all linears of a module such as `model.layers.3`; it
+    is what a search leaves behind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,7 +79,7 @@ class SelectionSettings(BaseModel):
     threshold: Literal["fixed", "topk", "prompt"] = "fixed"
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
-    allocation: Literal["uniform", "greedy"] = "uniform"
+    allocation: Literal["uniform", "greedy", "fisher"] = "uniform"
     profile: dict[str, LinearBudget] = Field(default_factory=dict)
 
     def for_linear(self, name: str) -> SelectionSettings:
@@ -104,8 +105,10 @@ class SelectionSettings(BaseModel):
                 raise ValueError(f"truncation finds one threshold per linear, not threshold: {self.threshold}")
             if self.channels < 1 or self.allocation != "uniform":
                 raise ValueError("truncation leaves no bytes to share; remove channels and allocation")
-        if self.score == "gradient" and self.allocation == "greedy":
-            raise ValueError("allocation: greedy does not collect the gradients of score: gradient; choose another")
+        if self.score == "gradient" and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation: {self.allocation} does not collect the gradients of score: gradient; choose another"
+            )
         return self
 
     @property
