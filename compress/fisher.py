@@ -8,8 +8,8 @@ losses add up.
 
 With `e_t = -W (x_t - select(x_t))` one backward pass prices every share of inputs of every linear. It is taken at the
 dense model, whose predictions have no slope in KL; where much is left out already they have one, which this leaves out.
-The second order has no bound as the divergence has, and a few tokens would decide alone: the first of a window are left
-out, as they read everything when models are scored, and the largest terms are cut.
+The second order grows without bound, and a few tokens would decide alone. So the first of a window are left out, which
+read everything when models are scored, and terms count as `log(1 + term)`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from .passes.selection import column_norms, scores
 from .quantiles import QuantileSketch
 from .tuning.teacher import chunks
 
-TOKENS = 4096  # of the calibration, at most
+TOKENS = 8192  # of the calibration, at most
 LEVELS = tuple(number / 10 for number in range(1, 10))
 _LOGITS = 2**22  # that exist at once, fp32
-_TYPICAL = 0.99  # of a linear's tokens in a batch; the others count as the largest of these
 
 Curves = dict[str, dict[float, float]]
 
@@ -68,8 +67,8 @@ def prediction_curves(
     seed: int,
     say: Callable[[str], None],
 ) -> Curves:
-    """For each linear of `stages`: sparsity -> `sum_t (g_t . e_t)^2`, its largest terms cut, at tenths and at the
-    stage's own. Arguments as for `allocate_by_fisher`."""
+    """For each linear of `stages`: sparsity -> `sum_t log(1 + (g_t . e_t)^2)`, at tenths and at the stage's
+    own. Arguments as for `allocate_by_fisher`."""
     few = list(windows[: max(1, TOKENS // len(windows[0]))])
     curves: Curves = {name: {} for name in stages}
     inputs: list[list[Tensor]] = []  # of every block, on the host
@@ -152,4 +151,4 @@ def _add_losses(
     for level, trial, scheme in without_branch(stage, shape, LEVELS):
         unread = score <= sketch.quantile(1 - trial.split(shape, scheme).inputs)
         lost = torch.where(unread, worth, 0.0).sum(-1).square()
-        curve[level] = curve.get(level, 0.0) + float(lost.clamp(max=lost.quantile(_TYPICAL)).sum())
+        curve[level] = curve.get(level, 0.0) + float(lost.log1p().sum())
