@@ -40,36 +40,32 @@ from halfweight.serving.sources import resolve_model
 _RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
 _GREEDY = {"allocation": "greedy"}
 _FISHER = {"allocation": "fisher"}
-_EVOLUTION, _DESCENT, _RANDOM = ({"method": method} for method in ("evolution", "descent", "random"))
-_KINDS = {"vary": ["sparsity", "kinds"]}
 
 # Method -> its selection, and how it searches.
-DEFAULT: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal": ({}, None),
     "teal-greedy": (_GREEDY, None),
     "wina": ({"score": "l2"}, None),
     "rsparse": (_RSPARSE, None),
-    "rsparse-searched": (_RSPARSE, _EVOLUTION),
-    "rsparse-random": (_RSPARSE, _RANDOM),
-    "teal-greedy-searched": (_GREEDY, _EVOLUTION),
-    "teal-greedy-random": (_GREEDY, _RANDOM),
-    "teal-greedy-descent": (_GREEDY, _DESCENT),
+    "rsparse-searched": (_RSPARSE, "evolution"),
+    "rsparse-random": (_RSPARSE, "random"),
+    "teal-greedy-searched": (_GREEDY, "evolution"),
+    "teal-greedy-random": (_GREEDY, "random"),
+    "teal-greedy-descent": (_GREEDY, "descent"),
     "teal-fisher": (_FISHER, None),
-    "teal-fisher-searched": (_FISHER, _EVOLUTION),
+    "teal-fisher-searched": (_FISHER, "evolution"),
 }
 METHODS = DEFAULT | {
-    "rsparse-tpe": (_RSPARSE, {"method": "tpe"}),
-    "rsparse-cma": (_RSPARSE, {"method": "cma"}),
+    "rsparse-tpe": (_RSPARSE, "tpe"),
+    "rsparse-cma": (_RSPARSE, "cma"),
     "rsparse-inputs": ({**_RSPARSE, "branch": "inputs"}, None),
-    "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, _EVOLUTION),
-    "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, _EVOLUTION),
-    "teal-searched": ({}, _EVOLUTION),
-    "teal-fisher-descent": (_FISHER, _DESCENT),
-    "teal-fisher-descent-kinds": (_FISHER, _DESCENT | _KINDS),
-    "teal-fisher-searched-kinds": (_FISHER, _EVOLUTION | _KINDS),
+    "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, "evolution"),
+    "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
+    "teal-searched": ({}, "evolution"),
+    "teal-fisher-descent": (_FISHER, "descent"),
     "wina-fisher": ({"score": "l2", **_FISHER}, None),
     "rsparse-fisher": ({**_RSPARSE, **_FISHER}, None),
-    "wina-greedy-searched": ({"score": "l2", **_GREEDY}, _EVOLUTION),
+    "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
 BASELINE, EQUAL = "teal", 0.01
@@ -91,7 +87,7 @@ def recipe_of(method: str, level: float, settings: Mapping[str, Any]) -> Recipe:
     data: dict[str, Any] = {"name": f"{method}-{level:g}", "calibration": calibration, "stages": [stage]}
     if search is not None:
         data["search"] = {
-            **search,
+            "method": search,
             "trials": settings["trials"],
             "samples": settings["search_samples"],
             "seqlen": settings["search_seqlen"],

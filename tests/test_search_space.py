@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from halfweight import InputError
 from halfweight.compress.search.config import Search
 from halfweight.compress.search.space import project
 from halfweight.compress.search.strategies import evolution, strategy
@@ -67,21 +66,6 @@ def test_a_projection_is_the_nearest_point() -> None:
     assert sum(weights[name] * got[name] for name in got) == pytest.approx(3.6, abs=1e-12)
     assert got["a"] == 0.95 and got["b"] - 0.2 == pytest.approx(got["c"] - 0.4)
     assert project(wanted, dict.fromkeys(wanted, (0.0, 1.0)), weights, 2.5) == wanted
-
-
-def test_kinds_of_linears_move_together() -> None:
-    where = space(recipe(search={"vary": ["sparsity", "kinds"]}))
-    assert where.size == len(where.groups) + len(where.kinds) and "up_proj" in where.kinds
-    point = [0.5] * where.size
-    point[len(where.groups) + where.kinds.index("up_proj")] = 0.9
-    budgets = where.budgets(point, {})
-    start = bits_unread(where, {name: member.start for name, member in where.members.items()})
-    assert bits_unread(where, budgets) == pytest.approx(start, rel=1e-10)
-    of_kind = {name.rpartition(".")[2]: budget.sparsity for name, budget in budgets.items()}
-    assert all(budgets[name].sparsity == of_kind[name.rpartition(".")[2]] for name in budgets)
-    assert len(set(of_kind.values())) == 2 and of_kind["up_proj"] - of_kind["q_proj"] == pytest.approx(0.8 * 0.25)
-    with pytest.raises(InputError, match=r"q_proj: allocation: greedy leaves nothing to vary between kinds"):
-        space(recipe(allocation="greedy", search={"vary": ["kinds"]}))
 
 
 def test_channels_alone_vary_as_in_the_paper() -> None:

@@ -17,10 +17,9 @@ class Search(BaseModel):
     the recipe, which is the first trial.
 
     Neighbouring blocks form `groups`. What may `vary` per group is the `sparsity`, by up to `spread`, and the share of
-    `channels`, down to `least_channels`, where a stage has a branch; and, by up to `spread`, too, the sparsity of the
-    `kinds` of linears, such as all `up_proj`, unless they share greedily. A trial costs a forward pass of `samples`
-    windows of `seqlen` tokens of the dev set. The `objective` is the divergence (`kl`) from the dense model's
-    predictions, or the perplexity.
+    `channels`, down to `least_channels`, where a stage has a branch. A trial costs a forward pass of `samples` windows
+    of `seqlen` tokens of the dev set. The `objective` is the divergence (`kl`) from the dense model's predictions, or
+    the perplexity.
 
     `evolution` keeps the best `population` trials and crosses and mutates them; `descent` measures what each group's
     reading is worth and moves bytes to where they are worth most; `tpe` and `cma` model what is good (they need the
@@ -34,7 +33,7 @@ class Search(BaseModel):
     samples: int = Field(default=4, ge=1)
     seqlen: int = Field(default=512, ge=2)
     objective: Literal["kl", "perplexity"] = "kl"
-    vary: tuple[Literal["sparsity", "channels", "kinds"], ...] = Field(default=("sparsity", "channels"), min_length=1)
+    vary: tuple[Literal["sparsity", "channels"], ...] = Field(default=("sparsity", "channels"), min_length=1)
     groups: int = Field(default=10, ge=1)
     spread: float = Field(default=0.25, gt=0, lt=1)
     least_channels: float = Field(default=0.5, ge=0, le=1)

@@ -53,9 +53,8 @@ class Member:
 class Space:
     """The budgets that a search of `settings` chooses from, for the linears of `stages` that select.
 
-    A point of the cube holds, if they vary, an offset of the sparsity for each group of blocks, then for each kind of
-    linear, and then one of the channels for each group: 0.5 leaves them as they are. What does not fit the recipe's
-    budget is moved up or down evenly.
+    A point of the cube holds, if they vary, an offset of the sparsity for each group of blocks and then one of the
+    channels: 0.5 leaves them as they are. What does not fit the recipe's budget is moved up or down evenly.
     """
 
     def __init__(
@@ -69,31 +68,21 @@ class Space:
                 selection = stages[name].selection if name in stages else None
                 if selection is not None:
                     _require_searchable(name, selection)
-                    if "kinds" in settings.vary and selection.allocation == "greedy":
-                        raise InputError(f"search: {name}: allocation: greedy leaves nothing to vary between kinds")
                     self.members[name] = _member(index, shape, selection, stages[name])
         used = sorted({member.block for member in self.members.values()})
         count = min(settings.groups, len(used))
         edges = [round(i * len(used) / count) for i in range(count + 1)] if count else []
         self.groups = [used[start:stop] for start, stop in pairwise(edges)]
         branches = any(member.start.channels < 1 for member in self.members.values())
-        self.kinds = sorted({_kind(name) for name in self.members})
-        sizes = {
-            "sparsity": count if count > 1 else 0,
-            "kinds": len(self.kinds) if len(self.kinds) > 1 else 0,
-            "channels": count if branches else 0,
-        }
-        self.size = 0
-        self._at: dict[str, int] = {}  # where in a point the offsets of what varies begin
-        for what, size in sizes.items():
-            if what in settings.vary and size:
-                self._at[what] = self.size
-                self.size += size
+        sparsity, channels = "sparsity" in settings.vary and count > 1, "channels" in settings.vary and branches
+        self.size = count * (sparsity + channels)
         if not self.size:
             raise InputError(
                 "search: nothing varies; it needs a selection with a branch (channels below 1), or two groups of blocks"
                 " whose sparsity varies"
             )
+        self._sparsity_at = 0 if sparsity else None
+        self._channels_at = count * sparsity if channels else None
 
     def budgets(self, point: Point, curves: Mapping[int, Mapping[str, Mapping[float, float]]]) -> dict[str, Budget]:
         """What each linear reads at `point`.
@@ -103,14 +92,13 @@ class Space:
         """
         group = {block: number for number, blocks in enumerate(self.groups) for block in blocks}
 
-        def offset(what: str, number: int) -> float:
-            return 2 * point[self._at[what] + number] - 1 if what in self._at else 0.0
+        def offset(first: int | None, member: Member) -> float:
+            return 0.0 if first is None else 2 * point[first + group[member.block]] - 1
 
-        def moved(name: str, member: Member) -> float:
-            both = offset("sparsity", group[member.block]) + offset("kinds", self.kinds.index(_kind(name)))
-            return member.start.sparsity + self.settings.spread * both
-
-        wanted = {name: moved(name, member) for name, member in self.members.items()}
+        wanted = {
+            name: member.start.sparsity + self.settings.spread * offset(self._sparsity_at, member)
+            for name, member in self.members.items()
+        }
         sparsities = project(
             wanted,
             {name: (member.low, member.high) for name, member in self.members.items()},
@@ -122,13 +110,13 @@ class Space:
             assert all(self.members[name].block == block and self.members[name].greedy for name in found)
             sparsities |= divide(found, sharing, sparsities)
         return {
-            name: Budget(sparsities[name], self._channels(member, offset("channels", group[member.block])))
+            name: Budget(sparsities[name], self._channels(member, offset(self._channels_at, member)))
             for name, member in self.members.items()
         }
 
     def largest_rank(self, member: Member) -> int:
         """The rank of the largest branch that any point gives the linear."""
-        if member.start.channels == 1 or "channels" not in self._at:
+        if member.start.channels == 1 or self._channels_at is None:
             least = member.start.channels
         else:
             least = min(self.settings.least_channels, member.start.channels)
@@ -185,11 +173,6 @@ def profile_of(
         profile |= {name: LinearBudget(**budget._asdict()) for name, budget in inside.items()}
     selection = stage.selection.model_copy(update={"profile": profile, "allocation": "uniform"})
     return stage.model_copy(update={"selection": selection})
-
-
-def _kind(name: str) -> str:
-    """Of linear `name`, what it has in common with one in each of the other blocks: the last part of the name."""
-    return name.rpartition(".")[2]
 
 
 def _require_searchable(name: str, selection: SelectionSettings) -> None:
