@@ -19,7 +19,7 @@ from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
-from .fisher import TOKENS
+from .fisher import LEVELS, TOKENS
 from .outline import Outline, has_weights
 from .passes import PASSES, StageConfig, needs_of
 from .recipe import Embeddings, Recipe
@@ -198,7 +198,7 @@ def _stages(
     bandwidth = _bandwidth(walker.device)
     found = []
     if any(stage.selection is not None and stage.selection.allocation == "fisher" for stage in stages.values()):
-        found.append(_allocation_stage(walker, recipe, shapes, speed))
+        found.append(_allocation_stage(walker, recipe, shapes, speed, bandwidth))
     if recipe.search is not None:
         found.append(_search_stage(walker, recipe, recipe.search, stages, shapes, speed))
     spilled = spilled_bytes(recipe, shapes, work.hidden, work.itemsize) if spill else 0.0
@@ -232,11 +232,12 @@ def _stages(
 
 
 def _allocation_stage(
-    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float
+    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float, bandwidth: float
 ) -> PlannedStage:
     """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host.
 
-    The backward pass of a block runs it again, and multiplies with its weights twice.
+    The backward pass of a block runs it again, and multiplies with its weights twice. At every level the inputs are
+    compared (5 bytes), chosen (9) and added up (4).
     """
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
     tokens = min(calibration.samples, max(1, TOKENS // calibration.seqlen)) * calibration.seqlen
@@ -244,13 +245,14 @@ def _allocation_stage(
     weights, head = sum(prod(shape) for shape in shapes.values()), text.vocab_size * text.hidden_size
     blocks = [[shapes[name] for name in walker.block_linears(index)] for index in range(walker.n_blocks)]
     numbers = max(sum(prod(shape) + 2 * batch * sum(shape) for shape in block) for block in blocks)
+    inputs = sum(k for _, k in shapes.values())
     return PlannedStage(
         name="allocation",
         tokens=tokens,
         device_gb=(max(numbers, head) + 2 * tokens * text.hidden_size) * size / 1e9,
         host_gb=(BASE + walker.n_blocks * tokens * text.hidden_size * size) / 1e9,
         disk_gb=0.0,
-        seconds=(8.0 * weights + 6.0 * head) * tokens / speed,
+        seconds=(8.0 * weights + 6.0 * head) * tokens / speed + 18 * len(LEVELS) * tokens * inputs / bandwidth,
     )
 
 
