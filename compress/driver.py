@@ -212,7 +212,7 @@ def _allocated(
     progress: OnProgress,
 ) -> dict[str, float]:
     """What `allocate_by_fisher` gives linears; found once in a run, by the leader of its processes."""
-    if not any(stage.selection is not None and stage.selection.allocation == "fisher" for stage in stages.values()):
+    if not any(stage.shares_by_fisher for stage in stages.values()):
         return {}
     if not journal.notes(_ALLOCATION):
         steps = count(1)

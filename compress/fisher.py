@@ -51,13 +51,10 @@ def allocate_by_fisher(
     weights are held at a time, besides the inputs of all blocks; `say` is told which block it is. Raises RunError where
     gradients are not finite.
     """
-    sharing = [name for name, stage in stages.items() if (s := stage.selection) and s.allocation == "fisher"]
-    if not sharing:
-        return {}
-    shapes = walker.linear_shapes()
-    curves = prediction_curves(walker, {name: stages[name] for name in sharing}, windows, seed, say)
-    weights = {name: weight_bits(stages[name], shapes[name]) for name in sharing}
-    return divide(curves, weights, {name: selection_of_stage(stages[name]).sparsity for name in sharing})
+    sharing, shapes = {name: stage for name, stage in stages.items() if stage.shares_by_fisher}, walker.linear_shapes()
+    curves = prediction_curves(walker, sharing, windows, seed, say)
+    weights = {name: weight_bits(stage, shapes[name]) for name, stage in sharing.items()}
+    return divide(curves, weights, {name: selection_of_stage(stage).sparsity for name, stage in sharing.items()})
 
 
 def prediction_curves(

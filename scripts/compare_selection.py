@@ -53,7 +53,7 @@ DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal-greedy-random": (_GREEDY, "random"),
     "teal-greedy-descent": (_GREEDY, "descent"),
     "teal-fisher": (_FISHER, None),
-    "teal-fisher-searched": (_FISHER, "evolution"),
+    "teal-fisher-descent": (_FISHER, "descent"),
 }
 METHODS = DEFAULT | {
     "rsparse-tpe": (_RSPARSE, "tpe"),
@@ -62,7 +62,7 @@ METHODS = DEFAULT | {
     "rsparse-inputs-searched": ({**_RSPARSE, "branch": "inputs"}, "evolution"),
     "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
     "teal-searched": ({}, "evolution"),
-    "teal-fisher-descent": (_FISHER, "descent"),
+    "teal-fisher-searched": (_FISHER, "evolution"),
     "wina-fisher": ({"score": "l2", **_FISHER}, None),
     "rsparse-fisher": ({**_RSPARSE, **_FISHER}, None),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),

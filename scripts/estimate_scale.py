@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from halfweight.compress.blocks import BlockWalker
+from halfweight.compress.cost import Work, matmul_speed, work_of
 from halfweight.compress.outline import Outline
-from halfweight.compress.plan import Work, matmul_speed, plan, work_of
+from halfweight.compress.plan import plan
 from halfweight.compress.recipe import Recipe
 from halfweight.serving.load import resolve_device
 

@@ -189,6 +189,11 @@ class StageConfig(BaseModel):
         return self.selection is not None and self.selection.score == "gradient"
 
     @property
+    def shares_by_fisher(self) -> bool:
+        """Whether its linears share the bytes they read with all others of the model that do."""
+        return self.selection is not None and self.selection.allocation == "fisher"
+
+    @property
     def name(self) -> str:
         """Registered name of the pass."""
         return str(getattr(self, "pass_"))  # noqa: B009 - the field is declared by each pass, as a literal
