@@ -81,7 +81,7 @@ def test_reproduces_the_reference_or_says_why_not(name: str, launched: list[str]
 
 @pytest.mark.parametrize("name", SELECTED)
 def test_selected_inputs_reproduce_the_definition(name: str, launched: list[str]) -> None:
-    torch.manual_seed(0)  # not what the tests before have left
+    torch.manual_seed(58)  # draws a token of whose inputs two tie for the last place, in fp16
     scheme, tensors, dense = example(name)
     linear = module(scheme, tensors).half()
     tensors = {key: tensor.clone() for key, tensor in linear.stored().items()}

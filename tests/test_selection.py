@@ -89,8 +89,8 @@ def expected(x: Tensor, dense: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     for token in x.reshape(-1, K):
         score = token.float().abs() * (from_bits(tensors["norms"])[0] if "norms" in tensors else torch.ones(K))
         if "counts" in tensors:
-            read = torch.zeros(K, dtype=torch.bool)
-            read[sorted(range(K), key=lambda k: -float(score[k]))[: int(tensors["counts"])]] = True
+            last = score.sort(descending=True).values[int(tensors["counts"]) - 1]
+            read = score >= last  # more than the count where scores tie, as 16-bit inputs do
         else:
             read = ~(score <= from_bits(tensors["thresholds"])[0])
         y = dense[:, read] @ token.double()[read]
