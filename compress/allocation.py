@@ -70,11 +70,7 @@ def allocate(
 
 def with_sparsities(stages: Mapping[str, StageConfig], sparsities: Mapping[str, float]) -> dict[str, StageConfig]:
     """The stages (by linear) named in `sparsities`, with these."""
-    changed = {}
-    for name, sparsity in sparsities.items():
-        selection = selection_of_stage(stages[name]).model_copy(update={"sparsity": sparsity})
-        changed[name] = stages[name].model_copy(update={"selection": selection})
-    return changed
+    return {name: stages[name].with_sparsity(sparsity) for name, sparsity in sparsities.items()}
 
 
 def weight_bits(stage: StageConfig, shape: tuple[int, int]) -> int:

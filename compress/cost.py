@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..serving.scheme import FUSED
+from ..serving.scheme import fused_groups
 from ..serving.storage import stored_bits
 from .blocks import BlockWalker, batch_size
 from .passes import PASSES, StageConfig, needs_of
@@ -22,13 +22,7 @@ MATMUL_SHARE = 0.6  # assumed fraction of large-matmul speed that a whole run re
 
 def _inputs(stages: Mapping[str, StageConfig], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[str]]:
     """Compressed linears by the input they share, keyed by the first of them."""
-    groups: dict[tuple[str, object], list[str]] = {}
-    for name in shapes:
-        if name in stages:
-            parent, _, tail = name.rpartition(".")
-            fused = next((group for group in FUSED if tail in group), tail)
-            groups.setdefault((parent, fused), []).append(name)
-    return {members[0]: members for members in groups.values()}
+    return {members[0]: members for members in fused_groups(name for name in shapes if name in stages)}
 
 
 def peak_bytes(

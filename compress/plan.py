@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+import torch
 from pydantic import BaseModel
 
 from ..serving.load import resolve_device, stored_dtype
@@ -17,7 +18,7 @@ from ..serving.tables import Table
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
 from .cost import MATMUL_SHARE, bandwidth_of, matmul_speed, peak_bytes, seconds_of
-from .fisher import LEVELS, TOKENS
+from .fisher import LEVELS, REFITS, TOKENS
 from .outline import Outline, has_weights
 from .passes import StageConfig
 from .recipe import Embeddings, Recipe
@@ -191,7 +192,7 @@ def _stages(
     bandwidth = bandwidth_of(walker.device)
     found = []
     if any(stage.shares_by_fisher for stage in stages.values()):
-        found.append(_allocation_stage(walker, recipe, shapes, speed, bandwidth))
+        found.append(_allocation_stage(walker, recipe, stages, shapes, speed, bandwidth))
     if recipe.search is not None:
         found.append(_search_stage(walker, recipe, recipe.search, stages, shapes, speed))
     spilled = spilled_bytes(recipe, shapes, work.hidden, work.itemsize) if spill else 0.0
@@ -225,27 +226,41 @@ def _stages(
 
 
 def _allocation_stage(
-    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float, bandwidth: float
+    walker: BlockWalker,
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    shapes: Mapping[str, tuple[int, int]],
+    speed: float,
+    bandwidth: float,
 ) -> PlannedStage:
     """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host.
 
-    The backward pass of a block runs it again, and multiplies with its weights twice. At every level the inputs are
-    compared (5 bytes), chosen (9) and added up (4).
+    The backward pass of a block runs it again, and multiplies with its weights twice. For a selection, at every level
+    the inputs are compared (5 bytes), chosen (9) and added up (4). Linears to prune hold their inputs and gradients
+    until the block is through; at every level they are fitted again and multiply, in fp32.
     """
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
     tokens = min(calibration.samples, max(1, TOKENS // calibration.seqlen)) * calibration.seqlen
     batch = batch_size(calibration.seqlen) * calibration.seqlen
     weights, head = sum(prod(shape) for shape in shapes.values()), text.vocab_size * text.hidden_size
-    blocks = [[shapes[name] for name in walker.block_linears(index)] for index in range(walker.n_blocks)]
-    numbers = max(sum(prod(shape) + 2 * batch * sum(shape) for shape in block) for block in blocks)
-    inputs = sum(k for _, k in shapes.values())
+    sharing = {name: shapes[name] for name, stage in stages.items() if stage.shares_by_fisher}
+    pruned = {name: shape for name, shape in sharing.items() if stages[name].selection is None}
+    numbers = 0
+    for index in range(walker.n_blocks):
+        block = {name: shapes[name] for name in walker.block_linears(index)}
+        held = sum(sum(shape) for name, shape in block.items() if name in pruned)
+        numbers = max(numbers, sum(prod(shape) + 2 * batch * sum(shape) for shape in block.values()) + tokens * held)
+    compared = sum(shapes[name][1] for name in sharing if name not in pruned)
+    fitted = sum(2.0 * n * k * ((REFITS + 1) * k + tokens) for n, k in pruned.values())
     return PlannedStage(
         name="allocation",
         tokens=tokens,
         device_gb=(max(numbers, head) + 2 * tokens * text.hidden_size) * size / 1e9,
         host_gb=(BASE + walker.n_blocks * tokens * text.hidden_size * size) / 1e9,
         disk_gb=0.0,
-        seconds=(8.0 * weights + 6.0 * head) * tokens / speed + 18 * len(LEVELS) * tokens * inputs / bandwidth,
+        seconds=(8.0 * weights + 6.0 * head) * tokens / speed
+        + 18 * len(LEVELS) * tokens * compared / bandwidth
+        + len(LEVELS) * fitted / (matmul_speed(walker.device, torch.float32) * MATMUL_SHARE),
     )
 
 

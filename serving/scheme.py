@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,15 @@ MOST = 1 << 20  # inputs, outputs or ranks that a config may speak of, so that n
 _NM = re.compile(r"(\d+):(\d+)")
 _GROUP = re.compile(r"1x(\d+)")
 _OUTPUT_GROUP = re.compile(r"(\d+)x1")
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """The linears `names` by the input they share, as far as servers fuse them: most are alone."""
+    groups: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, tail = name.rpartition(".")
+        groups.setdefault((parent, next((group for group in FUSED if tail in group), tail)), []).append(name)
+    return list(groups.values())
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:

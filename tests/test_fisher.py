@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from halfweight import Recipe, RunError, compress_checkpoint, plan
+from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
 from halfweight.compress import fisher
 from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.report import Progress
@@ -122,3 +122,50 @@ def test_gradients_that_are_not_finite_name_the_linear(
 def test_the_plan_has_it(llama: Path, text_file: Path) -> None:
     stages = {stage.name: stage for stage in plan(llama, recipe(text_file)).stages}
     assert stages["allocation"].tokens == 8 * 32 and stages["allocation"].seconds > 0
+
+
+def pruning(text: Path, **settings: Any) -> Recipe:
+    stage = {"pass": "gqsa", "pattern": "1x8", "density": 0.5, "allocation": "fisher", "mask": "wanda", **settings}
+    return Recipe.parse({"calibration": {"data": str(text), "samples": 8, "seqlen": 32}, "stages": [stage]})
+
+
+def test_pruning_is_priced_by_least_squares_on_what_is_kept(llama: Path, text_file: Path) -> None:
+    walker = BlockWalker(open_dense(llama), torch.device("cpu"), torch.float32)
+    stages = pruning(text_file).resolve(walker.linear_shapes())
+    curves = fisher.prediction_curves(walker, stages, WINDOWS, 7, silent)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for name, (x, g) in by_autograd(llama, WINDOWS, 7).items():
+        weight = model.get_submodule(name).weight.detach().double()
+        x, g = (part[:, 2:].flatten(0, 1).double() for part in (x, g))  # the first 1 % are not counted
+        hessian = x.T @ x / len(x)
+        damped = hessian + 0.03 * hessian.diagonal().mean() * torch.eye(len(hessian))
+        groups = (weight.square() * hessian.diagonal()).unflatten(1, (-1, 8)).sum(-1)
+        assert curves[name][0.0] == 0
+        for level in (0.3, 0.5, 0.8):
+            kept = round((1 - level) * groups.shape[1])
+            fitted = torch.zeros_like(weight)
+            for row, target, score in zip(fitted, weight, groups, strict=True):
+                read = (score >= score.sort(descending=True).values[kept - 1]).repeat_interleave(8)
+                row[read] = torch.linalg.solve(damped[read][:, read], damped[read] @ target)
+            total = float((x @ (fitted - weight).T * g).sum(-1).square().log1p().sum())
+            assert curves[name][level] == pytest.approx(total, rel=0.05), (name, level)  # after eight steps
+
+
+def test_densities_keep_the_budget_and_what_servers_need(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    report = compress_checkpoint(llama, pruning(text_file), tmp_path / "out")
+    density = {layer.name: layer.density for layer in report.layers}
+    sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in report.layers}
+    assert sum(sizes[n] * d for n, d in density.items()) == pytest.approx(0.5 * sum(sizes.values()), rel=0.05)
+    assert len(set(density.values())) > 1
+    for name, value in density.items():
+        parent, _, tail = name.rpartition(".")
+        for first in ("q_proj",) if tail in ("k_proj", "v_proj") else ("gate_proj",) if tail == "up_proj" else ():
+            assert value == density[f"{parent}.{first}"]
+    same = compress_checkpoint(llama, pruning(text_file, allocation="uniform"), tmp_path / "same")
+    assert {layer.density for layer in same.layers} == {0.5}
+
+
+@pytest.mark.parametrize("changes", [{"pattern": "2:4", "density": None, "group_size": 8}, {"balance": "layer"}])
+def test_densities_of_their_own_need_rows_of_groups(text_file: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="allocation: fisher gives rows of groups other densities"):
+        pruning(text_file, **changes)

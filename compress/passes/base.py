@@ -190,8 +190,23 @@ class StageConfig(BaseModel):
 
     @property
     def shares_by_fisher(self) -> bool:
-        """Whether its linears share the bytes they read with all others of the model that do."""
+        """Whether its linears share the bytes they read, or the weights they keep, with all others that do."""
         return self.selection is not None and self.selection.allocation == "fisher"
+
+    @property
+    def sparsity(self) -> float:
+        """The share that a linear does not read of its bytes, or keep of its weights, where it may differ by linear."""
+        assert self.selection is not None  # only such stages allocate, and those that override this
+        return self.selection.sparsity
+
+    def with_sparsity(self, sparsity: float) -> StageConfig:
+        """The stage with another `sparsity`."""
+        assert self.selection is not None
+        return self.model_copy(update={"selection": self.selection.model_copy(update={"sparsity": sparsity})})
+
+    def nearest_sparsity(self, sparsity: float, shape: tuple[int, int]) -> float:
+        """What a linear of `shape` `(N, K)` can have that is next to `sparsity`."""
+        return sparsity
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ....serving.scheme import LinearScheme, parse_group, parse_nm, parse_output_group
 from ....triton_kernels.formats.groups import choose_segments
 from ..admm.config import ADMMSettings
-from ..base import SweepSettings
+from ..base import StageConfig, SweepSettings
 
 # Linears whose input tensor parallelism splits; their rows are balanced piece by piece.
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "dense_4h_to_h", "fc2")
@@ -33,7 +33,9 @@ class GQSAConfig(ADMMSettings, SweepSettings):
     sweep goes, by what removing a whole group costs (`obs`), the sum of what its weights cost one by one (`diagonal`),
     or the sum of its squared weights times input norms (`wanda`). Groups are balanced over each row (`Gx1`: over
     each input), or over the whole layer (`balance`); in `segments` of a row alike, so that tensor parallelism can cut
-    there (`auto`: as many of 8, 4, 2, 1 as fit where it cuts rows).
+    there (`auto`: as many of 8, 4, 2, 1 as fit where it cuts rows). With `allocation: fisher` the rows of some linears
+    keep more groups than those of others, so that the model's predictions suffer least (`fisher.py`), and all linears
+    together as many as their `density` says.
     """
 
     pass_: Literal["gqsa"] = Field(default="gqsa", alias="pass")
@@ -42,6 +44,7 @@ class GQSAConfig(ADMMSettings, SweepSettings):
     mask: Literal["admm", "obs", "diagonal", "wanda"] = "admm"
     balance: Literal["row", "layer"] = "row"
     segments: Literal["auto", 1, 2, 4, 8] = "auto"
+    allocation: Literal["uniform", "fisher"] = "uniform"
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +76,8 @@ class GQSAConfig(ADMMSettings, SweepSettings):
             raise ValueError(f"block_size {self.block_size} is smaller than a group of pattern {self.pattern}")
         elif self.balance == "layer" and self.segments not in ("auto", 1):
             raise ValueError("balance: layer has no segments")
+        if self.allocation == "fisher" and (self.group is None or self.by_outputs or self.balance == "layer"):
+            raise ValueError("allocation: fisher gives rows of groups other densities; use a pattern 1xG, balance: row")
         return self
 
     @property
@@ -89,6 +94,26 @@ class GQSAConfig(ADMMSettings, SweepSettings):
     def structure(self) -> str:
         share = "" if self.group is None else f" {100 * self.kept:g}%{' by layer' if self.balance == 'layer' else ''}"
         return f"{self.pattern}{share} {self.numbers}"
+
+    @property
+    def shares_by_fisher(self) -> bool:
+        return self.allocation == "fisher" or super().shares_by_fisher
+
+    @property
+    def sparsity(self) -> float:
+        return super().sparsity if self.allocation == "uniform" else 1 - self.kept
+
+    def with_sparsity(self, sparsity: float) -> StageConfig:
+        if self.allocation == "uniform":
+            return super().with_sparsity(sparsity)
+        return self.model_copy(update={"density": 1 - sparsity})
+
+    def nearest_sparsity(self, sparsity: float, shape: tuple[int, int]) -> float:
+        if self.allocation == "uniform":
+            return super().nearest_sparsity(sparsity, shape)
+        assert self.segments != "auto"  # for_linear has been there
+        each = self._groups(shape) // self.segments
+        return 1 - max(1, min(round((1 - sparsity) * each), each - 1)) / each  # neither none nor all of a segment
 
     def kept_groups(self, shape: tuple[int, int]) -> int:
         """How many groups a linear of `shape` `(N, K)` keeps: in each row (Gx1: of each input), or by layer in all."""
