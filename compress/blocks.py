@@ -62,7 +62,7 @@ class BlockWalker:
     """Streams a checkpoint, dense or compressed, through its decoder blocks.
 
     Attributes: `model` (the skeleton), `prefix` (name of the block list, such as `model.layers`), `n_blocks`,
-    `max_length` (the model's context in tokens, or None).
+    `max_length` (the model's context in tokens, or None), `names` (state-dict name -> that in the checkpoint).
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -81,7 +81,7 @@ class BlockWalker:
                 module.call_all = checkpoint.artifact is None  # for the statistics; kernels may not take no tokens
         self.n_blocks = len(self.blocks)
         self.embedding, self.head = _vocabulary_modules(self.model)
-        self._names = tensor_names(self.model, checkpoint.tensors)
+        self.names = tensor_names(self.model, checkpoint.tensors)
         self.max_length = context_length(self.model.config)
         # Arguments of each block by input shape [B, T], and what each block returns besides the hidden states.
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -106,7 +106,7 @@ class BlockWalker:
     def stored(self) -> dict[str, TensorInfo]:
         """State-dict name -> header entry of every tensor the checkpoint holds for the model, tied copies left out."""
         tied = tied_names(self.model)
-        return {name: self.checkpoint.info(stored) for name, stored in self._names.items() if name not in tied}
+        return {name: self.checkpoint.info(stored) for name, stored in self.names.items() if name not in tied}
 
     def tables(self) -> dict[str, Table]:
         """The embedding and, unless it is tied to that, the head, by name."""
@@ -140,7 +140,7 @@ class BlockWalker:
             _to_meta(block)
 
     def _materialize(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
-        names = self._names
+        names = self.names
         state = {}
         for key in module.state_dict(keep_vars=True):
             full = f"{prefix}.{key}" if prefix else key
@@ -199,7 +199,7 @@ class BlockWalker:
         head = self.model.get_submodule(self.head)
         weight, bias = (table or self._table(self.head_table)).read(rows, self.dtype, self.device), None
         if head.bias is not None:
-            bias = self.checkpoint.read(self._names[f"{self.head}.bias"], self.dtype, self.device, rows)
+            bias = self.checkpoint.read(self.names[f"{self.head}.bias"], self.dtype, self.device, rows)
         head.forward = lambda x: nn.functional.linear(x, weight, bias)
         try:
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
@@ -26,7 +26,7 @@ from ..serving.integrity import not_finite, write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from . import provenance, vocabulary, writer
+from . import provenance, reorder, vocabulary, writer
 from .allocation import with_sparsities
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
@@ -119,6 +119,10 @@ def compress_checkpoint(
         tokens = [*windows.all, *windows.dev, *windows.search]
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(work, identity, fresh, world)
+        if recipe.reorder is not None:
+            say = _counting(progress, "reorder", reorder.steps(walker))
+            reorder.reorder(walker, recipe.reorder, stages, windows.calibration, journal, say)
+            release_memory()
         stages |= with_sparsities(stages, _allocated(walker, stages, windows, recipe, journal, progress))
         searched = None
         if recipe.search is not None:
@@ -215,11 +219,7 @@ def _allocated(
     if not any(stage.shares_by_fisher for stage in stages.values()):
         return {}
     if not journal.notes(_ALLOCATION):
-        steps = count(1)
-
-        def say(text: str) -> None:
-            progress(Progress("allocate", next(steps), 2 * walker.n_blocks + 1, text))
-
+        say = _counting(progress, "allocate", 2 * walker.n_blocks + 1)
         leads = journal.world.leads
         found = allocate_by_fisher(walker, stages, windows.calibration, recipe.calibration.seed, say) if leads else {}
         journal.note(_ALLOCATION, found)
@@ -227,9 +227,16 @@ def _allocated(
     return dict(journal.notes(_ALLOCATION)[0])
 
 
+def _counting(progress: OnProgress, stage: str, total: int) -> Callable[[str], None]:
+    """What shows the texts it is told as the steps of `stage`, of which there are `total`."""
+    done = count(1)
+    return lambda text: progress(Progress(stage, next(done), total, text))
+
+
 _DOING = {
     "model": "the model was being fetched",
     "embed": "calibration text was being embedded",
+    "reorder": "channels were being reordered",
     "allocate": "bytes were being divided between the blocks",
     "verify": "the artifact was being verified",
 }
@@ -274,7 +281,7 @@ def _load(checkpoint: Checkpoint, recipe: Recipe, walker: BlockWalker, work: Pat
     activations among it."""
     with writer.no_empty_leftover(work):
         parts = sum(info.nbytes for info in checkpoint.tensors.values())
-        writer.require_space(work, 2 * parts + int(spilled))
+        writer.require_space(work, (2 if recipe.reorder is None else 3) * parts + int(spilled))
         return load_windows(
             recipe.calibration,
             load_tokenizer(checkpoint.path),

@@ -15,6 +15,7 @@ from ..serving.load import resolve_device, stored_dtype
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from ..serving.tables import Table
+from . import reorder
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
 from .cost import MATMUL_SHARE, bandwidth_of, matmul_speed, peak_bytes, seconds_of
@@ -48,15 +49,15 @@ class PlannedLayer(BaseModel):
 
 
 class PlannedStage(BaseModel):
-    """One stretch of the run: an `allocation` over all blocks, a `search`, the passes (`compress`), or a stage of
-    tuning; modelled.
+    """One stretch of the run: to `reorder` channels, an `allocation` over all blocks, a `search`, the passes
+    (`compress`), or a stage of tuning; modelled.
 
     In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
     beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated, tried or
     trained on, repeats included.
     """
 
-    name: Literal["allocation", "search", "compress", "block", "end_to_end"]
+    name: Literal["reorder", "allocation", "search", "compress", "block", "end_to_end"]
     tokens: int
     device_gb: float
     host_gb: float
@@ -191,6 +192,8 @@ def _stages(
     speed = matmul_speed(walker.device, walker.dtype) * MATMUL_SHARE
     bandwidth = bandwidth_of(walker.device)
     found = []
+    if recipe.reorder is not None:
+        found.append(_reorder_stage(walker, recipe, shapes, speed, bandwidth))
     if any(stage.shares_by_fisher for stage in stages.values()):
         found.append(_allocation_stage(walker, recipe, stages, shapes, speed, bandwidth))
     if recipe.search is not None:
@@ -223,6 +226,25 @@ def _stages(
             )
         )
     return found
+
+
+def _reorder_stage(
+    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float, bandwidth: float
+) -> PlannedStage:
+    """A forward pass of the dense model; every tensor read, permuted along its dimensions, and written."""
+    text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
+    tokens = min(calibration.samples, max(1, reorder.TOKENS // calibration.seqlen)) * calibration.seqlen
+    blocks = [sum(prod(shapes[name]) for name in walker.block_linears(index)) for index in range(walker.n_blocks)]
+    stored = [info.nbytes for info in walker.stored().values()]
+    moved = 6.0 * sum(stored) / bandwidth
+    return PlannedStage(
+        name="reorder",
+        tokens=tokens,
+        device_gb=(max(blocks) + tokens * text.hidden_size) * size / 1e9,
+        host_gb=(BASE + 2 * max(stored)) / 1e9,
+        disk_gb=sum(stored) / 1e9,
+        seconds=2.0 * (sum(blocks) * tokens + text.vocab_size * text.hidden_size * calibration.seqlen) / speed + moved,
+    )
 
 
 def _allocation_stage(

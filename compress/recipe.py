@@ -57,9 +57,19 @@ class Embeddings(IntegerSettings):
     bits: Literal[2, 3, 4, 8] = 8
 
 
+class Reorder(BaseModel):
+    """Sort the channels along `axes` before anything else is done, for stages that prune or scale `group_size` inputs
+    together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    axes: tuple[Literal["residual", "ffn", "values"], ...] = Field(default=("residual", "ffn", "values"), min_length=1)
+    group_size: int = Field(default=16, ge=1)
+
+
 class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
-    `search` for what their selections read, and the `tuning` that follows.
+    `search` for what their selections read, and the `tuning` that follows. `reorder` sorts the model's channels first.
 
     `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
 
@@ -73,6 +83,7 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
+    reorder: Reorder | None = None
     prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     search: Search | None = None
@@ -353,6 +364,8 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
         fields = Calibration.model_fields
     elif location[:1] == ["embeddings"]:
         fields = Embeddings.model_fields
+    elif location[:1] == ["reorder"]:
+        fields = Reorder.model_fields
     elif location[:1] == ["search"]:
         fields = Search.model_fields
     elif location[:1] == ["tuning"]:

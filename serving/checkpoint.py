@@ -6,6 +6,7 @@ nothing else, and converted to the wanted dtype in bounded pieces.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,6 +152,12 @@ class Checkpoint:
             time = stat.st_mtime_ns if times else ""
             lines.append(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {time}\n")
         return "".join(lines)
+
+    def with_tensors(self, tensors: dict[str, TensorInfo]) -> Checkpoint:
+        """This checkpoint with some of its tensors in other places."""
+        changed = copy.copy(self)
+        changed.tensors = {**self.tensors, **tensors}
+        return changed
 
     def info(self, name: str) -> TensorInfo:
         """Header entry of tensor `name`; raises InputError when the checkpoint lacks it."""
