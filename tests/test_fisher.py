@@ -129,7 +129,10 @@ def pruning(text: Path, **settings: Any) -> Recipe:
     return Recipe.parse({"calibration": {"data": str(text), "samples": 8, "seqlen": 32}, "stages": [stage]})
 
 
-def test_pruning_is_priced_by_least_squares_on_what_is_kept(llama: Path, text_file: Path) -> None:
+def test_pruning_is_priced_by_least_squares_on_what_is_kept(
+    llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "REFITS", 50)  # a few are enough to compare prices
     walker = BlockWalker(open_dense(llama), torch.device("cpu"), torch.float32)
     stages = pruning(text_file).resolve(walker.linear_shapes())
     curves = fisher.prediction_curves(walker, stages, WINDOWS, 7, silent)
@@ -148,7 +151,7 @@ def test_pruning_is_priced_by_least_squares_on_what_is_kept(llama: Path, text_fi
                 read = (score >= score.sort(descending=True).values[kept - 1]).repeat_interleave(8)
                 row[read] = torch.linalg.solve(damped[read][:, read], damped[read] @ target)
             total = float((x @ (fitted - weight).T * g).sum(-1).square().log1p().sum())
-            assert curves[name][level] == pytest.approx(total, rel=0.05), (name, level)  # after eight steps
+            assert curves[name][level] == pytest.approx(total, rel=0.01), (name, level)
 
 
 def test_densities_keep_the_budget_and_what_servers_need(llama: Path, text_file: Path, tmp_path: Path) -> None:
