@@ -24,7 +24,7 @@ err = Console(stderr=True)
 _STAGES = {
     "model": "fetch model",
     "embed": "embed",
-    "reorder": "reorder",
+    "basis": "change basis",
     "allocate": "allocate",
     "blocks": "compress",
     "end_to_end": "tune",

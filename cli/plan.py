@@ -8,7 +8,7 @@ from . import options
 from .output import human_seconds, out, table, write_json
 
 STAGE_NAMES = {
-    "reorder": "reorder",
+    "basis": "change basis",
     "allocation": "allocate",
     "search": "search",
     "compress": "compress",

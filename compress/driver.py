@@ -26,7 +26,7 @@ from ..serving.integrity import not_finite, write_sums
 from ..serving.load import load_tokenizer, resolve_device, stored_dtype
 from ..serving.scheme import ArtifactConfig
 from ..serving.sources import resolve_model
-from . import provenance, reorder, vocabulary, writer
+from . import basis, provenance, vocabulary, writer
 from .allocation import with_sparsities
 from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
@@ -119,9 +119,9 @@ def compress_checkpoint(
         tokens = [*windows.all, *windows.dev, *windows.search]
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(work, identity, fresh, world)
-        if recipe.reorder is not None:
-            say = _counting(progress, "reorder", reorder.steps(walker))
-            reorder.reorder(walker, recipe.reorder, stages, windows.calibration, journal, say)
+        if recipe.basis is not None:
+            say = _counting(progress, "basis", basis.steps(walker))
+            basis.change_basis(walker, recipe.basis, stages, windows.calibration, journal, say)
             release_memory()
         stages |= with_sparsities(stages, _allocated(walker, stages, windows, recipe, journal, progress))
         searched = None
@@ -236,7 +236,7 @@ def _counting(progress: OnProgress, stage: str, total: int) -> Callable[[str], N
 _DOING = {
     "model": "the model was being fetched",
     "embed": "calibration text was being embedded",
-    "reorder": "channels were being reordered",
+    "basis": "the basis was being changed",
     "allocate": "bytes were being divided between the blocks",
     "verify": "the artifact was being verified",
 }
@@ -281,7 +281,7 @@ def _load(checkpoint: Checkpoint, recipe: Recipe, walker: BlockWalker, work: Pat
     activations among it."""
     with writer.no_empty_leftover(work):
         parts = sum(info.nbytes for info in checkpoint.tensors.values())
-        writer.require_space(work, (2 if recipe.reorder is None else 3) * parts + int(spilled))
+        writer.require_space(work, (2 if recipe.basis is None else 3) * parts + int(spilled))
         return load_windows(
             recipe.calibration,
             load_tokenizer(checkpoint.path),

@@ -15,7 +15,7 @@ from ..serving.load import resolve_device, stored_dtype
 from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from ..serving.tables import Table
-from . import reorder
+from . import basis
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows
 from .cost import MATMUL_SHARE, bandwidth_of, matmul_speed, peak_bytes, seconds_of
@@ -49,7 +49,7 @@ class PlannedLayer(BaseModel):
 
 
 class PlannedStage(BaseModel):
-    """One stretch of the run: to `reorder` channels, an `allocation` over all blocks, a `search`, the passes
+    """One stretch of the run: a change of `basis`, an `allocation` over all blocks, a `search`, the passes
     (`compress`), or a stage of tuning; modelled.
 
     In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
@@ -57,7 +57,7 @@ class PlannedStage(BaseModel):
     trained on, repeats included.
     """
 
-    name: Literal["reorder", "allocation", "search", "compress", "block", "end_to_end"]
+    name: Literal["basis", "allocation", "search", "compress", "block", "end_to_end"]
     tokens: int
     device_gb: float
     host_gb: float
@@ -192,8 +192,8 @@ def _stages(
     speed = matmul_speed(walker.device, walker.dtype) * MATMUL_SHARE
     bandwidth = bandwidth_of(walker.device)
     found = []
-    if recipe.reorder is not None:
-        found.append(_reorder_stage(walker, recipe, shapes, speed, bandwidth))
+    if recipe.basis is not None:
+        found.append(_basis_stage(walker, recipe, shapes, speed, bandwidth))
     if any(stage.shares_by_fisher for stage in stages.values()):
         found.append(_allocation_stage(walker, recipe, stages, shapes, speed, bandwidth))
     if recipe.search is not None:
@@ -228,17 +228,17 @@ def _stages(
     return found
 
 
-def _reorder_stage(
+def _basis_stage(
     walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float, bandwidth: float
 ) -> PlannedStage:
-    """A forward pass of the dense model; every tensor read, permuted along its dimensions, and written."""
+    """A forward pass of the dense model; every tensor read, changed along its dimensions, and written."""
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
-    tokens = min(calibration.samples, max(1, reorder.TOKENS // calibration.seqlen)) * calibration.seqlen
+    tokens = min(calibration.samples, max(1, basis.TOKENS // calibration.seqlen)) * calibration.seqlen
     blocks = [sum(prod(shapes[name]) for name in walker.block_linears(index)) for index in range(walker.n_blocks)]
     stored = [info.nbytes for info in walker.stored().values()]
     moved = 6.0 * sum(stored) / bandwidth
     return PlannedStage(
-        name="reorder",
+        name="basis",
         tokens=tokens,
         device_gb=(max(blocks) + tokens * text.hidden_size) * size / 1e9,
         host_gb=(BASE + 2 * max(stored)) / 1e9,

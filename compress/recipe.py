@@ -57,9 +57,10 @@ class Embeddings(IntegerSettings):
     bits: Literal[2, 3, 4, 8] = 8
 
 
-class Reorder(BaseModel):
-    """Sort the channels along `axes` before anything else is done, for stages that prune or scale `group_size` inputs
-    together."""
+class Basis(BaseModel):
+    """Which changes of basis are folded into the weights before anything else is done (`basis.py`): channels are sorted
+    along the `residual` stream and inside of every `ffn`, for stages that prune or scale `group_size` inputs together,
+    and heads of `values` are turned into their principal components."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +70,8 @@ class Reorder(BaseModel):
 
 class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
-    `search` for what their selections read, and the `tuning` that follows. `reorder` sorts the model's channels first.
+    `search` for what their selections read, and the `tuning` that follows. `basis` changes the model's basis
+    first.
 
     `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
 
@@ -83,7 +85,7 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
-    reorder: Reorder | None = None
+    basis: Basis | None = None
     prefill: Literal["masked", "dense"] = "masked"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     search: Search | None = None
@@ -364,8 +366,8 @@ def _one_line(error: ValidationError, where: str, lines: Mapping[tuple[Any, ...]
         fields = Calibration.model_fields
     elif location[:1] == ["embeddings"]:
         fields = Embeddings.model_fields
-    elif location[:1] == ["reorder"]:
-        fields = Reorder.model_fields
+    elif location[:1] == ["basis"]:
+        fields = Basis.model_fields
     elif location[:1] == ["search"]:
         fields = Search.model_fields
     elif location[:1] == ["tuning"]:

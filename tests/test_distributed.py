@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"stages": [{"pass": "sparsegpt", "pattern": "2:4"}]},
     "everything": {
         "embeddings": {"bits": 8, "group_size": 32},
-        "reorder": {"group_size": 32},
+        "basis": {"group_size": 32},
         "stages": [
             {"pass": "gptq", "group_size": 32, "targets": ["*.mlp.*"], "low_rank": {"fraction": 0.5}},
             {

@@ -1,4 +1,4 @@
-"""Channels in another order: the same model, groups of alike neighbours, and nothing of it left in the artifact."""
+"""Changes of basis: the same model, groups of alike neighbours, and nothing of it left in the artifact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import halfweight
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
-from halfweight.compress import reorder
+from halfweight.compress import basis
 from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.report import Progress
 from runs import contents, interrupt, stop_in_block
@@ -24,7 +24,7 @@ STAGE = {"pass": "gqsa", "pattern": "1x8", "density": 0.5, "mask": "wanda"}
 def recipe(text: Path, stage: dict[str, Any] | None = None, **settings: Any) -> Recipe:
     calibration = {"data": str(text), "samples": 8, "seqlen": 32}
     settings = {"group_size": 8, **settings}
-    return Recipe.parse({"calibration": calibration, "reorder": settings, "stages": [stage or STAGE]})
+    return Recipe.parse({"calibration": calibration, "basis": settings, "stages": [stage or STAGE]})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
@@ -44,13 +44,13 @@ def test_the_model_stays_what_it_is(
     moved = made.get_input_embeddings().weight
     assert not torch.equal(moved, dense.get_input_embeddings().weight)
     assert torch.equal(moved.sort(1).values, dense.get_input_embeddings().weight.sort(1).values)
-    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(("reordered", "orders"))]
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith("basis")]
 
 
 def test_neighbours_matter_alike(llama: Path, text_file: Path, tmp_path: Path) -> None:
     steps: list[Progress] = []
     compress_checkpoint(llama, recipe(text_file), tmp_path / "out", progress=steps.append)
-    asked = [step for step in steps if step.stage == "reorder"]
+    asked = [step for step in steps if step.stage == "basis"]
     assert [step.done for step in asked] == list(range(1, asked[0].total + 1))
     dense = AutoModelForCausalLM.from_pretrained(llama)
     moved = halfweight.load(tmp_path / "out")
@@ -63,11 +63,11 @@ def test_neighbours_matter_alike(llama: Path, text_file: Path, tmp_path: Path) -
 def test_orders_are_by_what_outputs_lose(llama: Path, text_file: Path) -> None:
     walker = BlockWalker(open_dense(llama), torch.device("cpu"), torch.float32)
     settings = recipe(text_file)
-    assert settings.reorder is not None
+    assert settings.basis is not None
     stages = settings.resolve(walker.linear_shapes())
     windows = list(torch.randint(3, 40, (4, 32), generator=torch.Generator().manual_seed(0)))
-    axes = reorder.tensor_axes(walker)
-    orders, loss = reorder.channel_orders(walker, settings.reorder, stages, axes, windows, lambda text: None)
+    axes = basis.tensor_axes(walker)
+    changes, loss = basis.find_changes(walker, settings.basis, stages, axes, windows, lambda text: None)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -81,24 +81,26 @@ def test_orders_are_by_what_outputs_lose(llama: Path, text_file: Path) -> None:
         (s / s.mean()).log() for n, s in scores.items() if n.endswith(("q_proj", "k_proj", "v_proj", "gate_proj"))
     ]
     shares += [(s / s.mean()).log() for n, s in scores.items() if n.endswith("up_proj")]
-    assert orders["residual"].tolist() == sum(shares).argsort(descending=True).tolist()
+    assert changes["residual"].tolist() == sum(shares).argsort(descending=True).tolist()
     down = scores["model.layers.1.mlp.down_proj"].argsort(descending=True)
-    assert orders["model.layers.1.ffn"].tolist() == reorder.deal(down, 8).tolist()
-    heads = scores["model.layers.0.self_attn.o_proj"].view(2, 2, 8).sum(1).argsort(dim=1, descending=True)
-    assert orders["model.layers.0.values"].view(2, 8).tolist() == (heads + torch.tensor([[0], [8]])).tolist()
-    queries = orders["model.layers.0.queries"].view(2, 2, 8) % 8
-    assert torch.equal(queries, heads[:, None].expand(2, 2, 8).int())
+    assert changes["model.layers.1.ffn"].tolist() == basis.deal(down, 8).tolist()
+    for head, rotation in enumerate(changes["model.layers.0.values"]):
+        values = inputs["model.layers.0.self_attn.o_proj"].view(-1, 2, 2, 8)[:, head].reshape(-1, 8)
+        power = (values @ rotation).square().mean(0)
+        wanted = torch.linalg.svdvals(values).square() / len(values)
+        assert torch.allclose(power, wanted, rtol=1e-3, atol=1e-6 * float(wanted[0]))
+        assert torch.allclose(rotation.T @ rotation, torch.eye(8), atol=1e-5)
 
 
 def test_pieces_get_groups_of_all_sizes() -> None:
     order = torch.arange(1536)
-    dealt = reorder.deal(order, 16)
+    dealt = basis.deal(order, 16)
     assert sorted(dealt.tolist()) == order.tolist()
     groups = dealt.view(96, 16)
     assert torch.equal(groups - groups[:, :1], torch.arange(16).expand(96, 16))  # sorted neighbours stay together
     sums = dealt.view(8, -1).sum(1)
     assert int(sums.max() - sums.min()) <= 16 * 16  # a group's place
-    assert torch.equal(reorder.deal(order[:1000], 16), order[:1000])  # nothing to deal
+    assert torch.equal(basis.deal(order[:1000], 16), order[:1000])  # nothing to deal
 
 
 @pytest.mark.parametrize(
@@ -107,21 +109,21 @@ def test_pieces_get_groups_of_all_sizes() -> None:
 def test_channels_that_are_not_known_stay(
     family: str, tensor: str, make_model: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=rf"reorder does not know what \S*{tensor}\S* does to the channels; remove"):
+    with pytest.raises(InputError, match=rf"basis: what \S*{tensor}\S* does to the channels is not known; remove"):
         compress_checkpoint(make_model(family), recipe(text_file), tmp_path / "out")
 
 
 def test_channels_that_do_not_belong_together_are_noticed(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = reorder.channel_orders
+    right = basis.find_changes
 
     def wrong(*args: Any) -> Any:
-        orders, loss = right(*args)
-        return {name: order for name, order in orders.items() if not name.endswith("queries")}, loss
+        changes, loss = right(*args)
+        return {name: 3 * change if name.endswith("0.values") else change for name, change in changes.items()}, loss
 
-    monkeypatch.setattr(reorder, "channel_orders", wrong)
-    with pytest.raises(RunError, match=r"computes something else when its channels are reordered \(loss \d"):
+    monkeypatch.setattr(basis, "find_changes", wrong)
+    with pytest.raises(RunError, match=r"computes something else in another basis \(loss \d"):
         compress_checkpoint(llama, recipe(text_file), tmp_path / "out")
 
 
@@ -131,12 +133,12 @@ def test_an_interrupted_run_ends_alike(llama: Path, text_file: Path, tmp_path: P
     interrupt(llama, settings, tmp_path / "out", stop_in_block(1))
     again: list[Progress] = []
     compress_checkpoint(llama, settings, tmp_path / "out", progress=again.append)
-    assert not any(step.stage == "reorder" for step in again)
+    assert not any(step.stage == "basis" for step in again)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_the_plan_has_it(llama: Path, text_file: Path) -> None:
     planned = plan(llama, recipe(text_file)).stages
-    assert [stage.name for stage in planned] == ["reorder", "compress"]
+    assert [stage.name for stage in planned] == ["basis", "compress"]
     assert planned[0].disk_gb == pytest.approx((llama / "model.safetensors").stat().st_size / 1e9, rel=0.05)
     assert planned[0].tokens == 8 * 32
