@@ -269,7 +269,9 @@ def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_a
         stages = (tuned.tuning.block, tuned.tuning.end_to_end)
         costs.add((tuned.tuning.samples, tuned.calibration, *((stage.epochs, stage.batch) for stage in stages)))
         plain = Recipe.load("2of4-admm" if name == "2of4-best" else name.removesuffix("-best"))
-        assert tuned.stages == plain.stages
+        # In time for tuning, the densities of groups are divided first.
+        stages = [s.model_copy(update={"allocation": "uniform"}) if "gqsa" in name else s for s in tuned.stages]
+        assert stages == list(plain.stages)
     assert len(costs) == 1
 
 
