@@ -12,7 +12,7 @@ The values of an attention head allow any rotation: attention is linear in them,
 projection is turned back in the output projection. They are turned into their principal components, as SliceGPT
 (Ashkboos et al. 2024, arXiv 2401.15024) and La RoSA (Liu et al. 2025, arXiv 2507.01299) do with the residual stream:
 few inputs of the output projection then carry most, and a token that reads the largest, or a weight without the rest,
-loses less. N:M patterns lose by it, as they keep as many of every M.
+loses less.
 
 Hidden dimensions mean something else afterwards: LoRA adapters and probes of the dense model do not fit the result.
 """
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..serving.checkpoint import read_header
 from ..serving.errors import InputError, RunError
 from .blocks import BlockWalker
+from .calibration import first_windows
 from .journal import Journal
 from .passes import StageConfig
 from .recipe import Basis
@@ -71,14 +72,14 @@ def change_basis(
     is told about every step. One block is held at a time, or the embedding. Raises InputError where the model has
     tensors whose axes are not known, and RunError should it not compute what it did.
     """
-    leads, few = journal.world.leads, list(windows[: max(1, TOKENS // len(windows[0]))])
+    leads, few = journal.world.leads, first_windows(windows, TOKENS)
     axes = tensor_axes(walker)
     if journal.done(_CHANGES) is None:
         changes, loss = find_changes(walker, settings, stages, axes, few, say) if leads else ({}, 0.0)
         journal.store(_CHANGES, changes, loss=loss)
     changes = read_part(journal.folder / _CHANGES)
     found = {}
-    for part, names in _parts(walker, axes).items():
+    for part, names in parts(walker, settings, axes).items():
         if journal.done(part) is None:
             say(f"writing {part}")
             journal.store(part, {walker.names[n]: _changed(walker, n, axes[n], changes) for n in names if leads})
@@ -96,9 +97,9 @@ def change_basis(
         journal.note(_CHECKED, {"loss": after})
 
 
-def steps(walker: BlockWalker) -> int:
+def steps(walker: BlockWalker, settings: Basis) -> int:
     """How often `change_basis` says something."""
-    return walker.n_blocks + len(_parts(walker, tensor_axes(walker))) + 1
+    return walker.n_blocks + len(parts(walker, settings, tensor_axes(walker))) + 1
 
 
 def tensor_axes(walker: BlockWalker) -> dict[str, tuple[str | None, ...]]:
@@ -209,10 +210,12 @@ def _adder(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]]
     return lambda module, args: statistics.add(args[0])
 
 
-def _parts(walker: BlockWalker, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, list[str]]:
-    """File names, and the tensors (by state-dict name) in each: a block's, or one of the others."""
+def parts(walker: BlockWalker, settings: Basis, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, list[str]]:
+    """File names, and the tensors that may change (by state-dict name) in each: a block's, or one of the others."""
     parts: dict[str, list[str]] = {}
-    for name in axes:
+    for name, dims in axes.items():
+        if not any(axis is not None and _kind(axis) in settings.axes for axis in dims):
+            continue
         inside = name.removeprefix(f"{walker.prefix}.")
         label = name.rpartition(".")[0] if inside == name else f"{walker.prefix}.{inside.partition('.')[0]}"
         parts.setdefault(f"basis-{label}.safetensors", []).append(name)

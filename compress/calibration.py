@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,16 @@ def shared_windows(world: World, load: Callable[[], Windows]) -> Windows:
         )
     counted, digest = world.shared(found.text_tokens), world.shared(found.text_sha256)
     return Windows(text_tokens=counted, text_sha256=digest, **windows)
+
+
+def first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first of the `windows` `[T]`, all of one length: one, or as many as have up to `tokens` tokens together."""
+    return list(windows[: max(1, tokens // len(windows[0]))])
+
+
+def first_tokens(settings: Calibration, tokens: int) -> int:
+    """How many tokens the `first_windows` of the calibration's windows have."""
+    return min(settings.samples, max(1, tokens // settings.seqlen)) * settings.seqlen
 
 
 def check_context(settings: Calibration, max_length: int | None) -> None:

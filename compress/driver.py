@@ -120,7 +120,7 @@ def compress_checkpoint(
         identity = world.shared(fingerprint(checkpoint, tokens, *settings))
         journal = Journal(work, identity, fresh, world)
         if recipe.basis is not None:
-            say = _counting(progress, "basis", basis.steps(walker))
+            say = _counting(progress, "basis", basis.steps(walker, recipe.basis))
             basis.change_basis(walker, recipe.basis, stages, windows.calibration, journal, say)
             release_memory()
         stages |= with_sparsities(stages, _allocated(walker, stages, windows, recipe, journal, progress))

@@ -27,6 +27,7 @@ from ..serving.errors import RunError
 from ..serving.scheme import fused_groups
 from .allocation import divide, selection_of_stage, weight_bits, without_branch
 from .blocks import BlockWalker
+from .calibration import first_windows
 from .passes import StageConfig
 from .passes.gqsa.config import GQSAConfig
 from .passes.gqsa.masks import group_sums, spread_groups
@@ -99,7 +100,7 @@ def prediction_curves(
 
     Arguments as for `allocate_by_fisher`.
     """
-    few = list(windows[: max(1, TOKENS // len(windows[0]))])
+    few = first_windows(windows, TOKENS)
     curves: Curves = {name: {} for name in stages}
     inputs: list[list[Tensor]] = []  # of every block, on the host
     stream = walker.embed(few)

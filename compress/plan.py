@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -17,12 +18,12 @@ from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from . import basis
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
-from .calibration import check_context, dev_windows
+from .calibration import check_context, dev_windows, first_tokens
 from .cost import MATMUL_SHARE, bandwidth_of, matmul_speed, peak_bytes, seconds_of
 from .fisher import LEVELS, REFITS, TOKENS
 from .outline import Outline, has_weights
 from .passes import StageConfig
-from .recipe import Embeddings, Recipe
+from .recipe import Basis, Embeddings, Recipe
 from .search.config import Search
 from .search.fitness import GATHERED, TOP
 from .search.run import space_of
@@ -193,7 +194,7 @@ def _stages(
     bandwidth = bandwidth_of(walker.device)
     found = []
     if recipe.basis is not None:
-        found.append(_basis_stage(walker, recipe, shapes, speed, bandwidth))
+        found.append(_basis_stage(walker, recipe, recipe.basis, shapes, speed, bandwidth))
     if any(stage.shares_by_fisher for stage in stages.values()):
         found.append(_allocation_stage(walker, recipe, stages, shapes, speed, bandwidth))
     if recipe.search is not None:
@@ -229,13 +230,19 @@ def _stages(
 
 
 def _basis_stage(
-    walker: BlockWalker, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], speed: float, bandwidth: float
+    walker: BlockWalker,
+    recipe: Recipe,
+    settings: Basis,
+    shapes: Mapping[str, tuple[int, int]],
+    speed: float,
+    bandwidth: float,
 ) -> PlannedStage:
-    """A forward pass of the dense model; every tensor read, changed along its dimensions, and written."""
+    """A forward pass of the dense model; tensors along the axes read, changed along their dimensions, and written."""
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
-    tokens = min(calibration.samples, max(1, basis.TOKENS // calibration.seqlen)) * calibration.seqlen
+    tokens = first_tokens(calibration, basis.TOKENS)
     blocks = [sum(prod(shapes[name]) for name in walker.block_linears(index)) for index in range(walker.n_blocks)]
-    stored = [info.nbytes for info in walker.stored().values()]
+    tensors, parts = walker.stored(), basis.parts(walker, settings, basis.tensor_axes(walker))
+    stored = [tensors[name].nbytes for name in chain(*parts.values())]
     moved = 6.0 * sum(stored) / bandwidth
     return PlannedStage(
         name="basis",
@@ -262,7 +269,7 @@ def _allocation_stage(
     until the block is through; at every level they are fitted again and multiply, in fp32.
     """
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
-    tokens = min(calibration.samples, max(1, TOKENS // calibration.seqlen)) * calibration.seqlen
+    tokens = first_tokens(calibration, TOKENS)
     batch = batch_size(calibration.seqlen) * calibration.seqlen
     weights, head = sum(prod(shape) for shape in shapes.values()), text.vocab_size * text.hidden_size
     sharing = {name: shapes[name] for name, stage in stages.items() if stage.shares_by_fisher}
@@ -300,7 +307,7 @@ def _search_stage(
     weights = sum(prod(shape) for shape in shapes.values())
     head = text.vocab_size * text.hidden_size
     calibration = recipe.calibration
-    gathered = min(calibration.samples, max(1, GATHERED // calibration.seqlen)) * calibration.seqlen
+    gathered = first_tokens(calibration, GATHERED)
     windows = search.samples * search.seqlen
     tried = windows * (search.trials + 1)
     activations = (gathered + 2 * windows) * text.hidden_size * size + windows * TOP * 12  # the dense predictions

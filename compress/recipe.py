@@ -70,8 +70,7 @@ class Basis(BaseModel):
 
 class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
-    `search` for what their selections read, and the `tuning` that follows. `basis` changes the model's basis
-    first.
+    `search` for what their selections read, and the `tuning` that follows. The model's `basis` changes first.
 
     `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
 

@@ -47,7 +47,7 @@ def test_the_model_stays_what_it_is(
     assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith("basis")]
 
 
-def test_neighbours_matter_alike(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_channels_are_in_another_order_and_steps_are_told(llama: Path, text_file: Path, tmp_path: Path) -> None:
     steps: list[Progress] = []
     compress_checkpoint(llama, recipe(text_file), tmp_path / "out", progress=steps.append)
     asked = [step for step in steps if step.stage == "basis"]
@@ -142,3 +142,5 @@ def test_the_plan_has_it(llama: Path, text_file: Path) -> None:
     assert [stage.name for stage in planned] == ["basis", "compress"]
     assert planned[0].disk_gb == pytest.approx((llama / "model.safetensors").stat().st_size / 1e9, rel=0.05)
     assert planned[0].tokens == 8 * 32
+    values = plan(llama, recipe(text_file, axes=["values"])).stages[0]
+    assert values.disk_gb == 2 * 2 * (16 * 32 + 32 * 32) / 1e9  # bf16, of two blocks: nothing else changes

@@ -24,6 +24,7 @@ from ...serving.linear import SelectingLinear
 from ...serving.storage import Selection
 from ..allocation import error_curves, selecting_linears
 from ..blocks import BlockWalker, batch_size
+from ..calibration import first_windows
 from ..memory import release_memory
 from ..passes import StageConfig
 from ..passes.base import Split
@@ -187,7 +188,7 @@ def open_fitness(
 ) -> Iterator[Fitness]:
     """The fitness on dev `windows` `[T]`, with branches from some of the `calibration` windows; the model's weights are
     in memory for the length of the `with`. `say` is told about every block."""
-    few = list(calibration[: max(1, GATHERED // len(calibration[0]))])
+    few = first_windows(calibration, GATHERED)
     inputs, fitness = walker.embed(few), Fitness(walker, space, windows)
     with ExitStack() as held:
         blocks = [held.enter_context(walker.block(index)) for index in range(walker.n_blocks)]
