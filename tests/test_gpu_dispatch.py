@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -119,13 +120,13 @@ def test_what_warmup_did_not_run_is_not_trusted(launched: list[str]) -> None:
     assert set(launched) == {"two_four.expand"}
 
 
-def wrong_results(monkeypatch: pytest.MonkeyPatch, wrong: str, failure: Exception | None = None) -> None:
-    """Kernel `wrong` puts a result off by 1 %, or raises `failure`."""
+def wrong_results(monkeypatch: pytest.MonkeyPatch, wrong: str, failure: str = "") -> None:
+    """Kernel `wrong` puts a result off by 1 %, or raises an error that says `failure`."""
     right = Kernel.run
 
     def run(kernel: Kernel, launch: Launch) -> None:
-        if kernel.name == wrong and failure is not None:
-            raise failure
+        if kernel.name == wrong and failure:
+            raise RuntimeError(failure)  # a new one: its traceback would keep the tensors of the launch
         right(kernel, launch)
         if kernel.name == wrong:
             y: Any = launch.arguments["y"]
@@ -157,7 +158,7 @@ def test_a_wrong_kernel_gives_way_to_the_reference(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_kernel_that_does_not_compile_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong_results(monkeypatch, "two_four.mma_sp", RuntimeError("ptxas failed\nline 2"))
+    wrong_results(monkeypatch, "two_four.mma_sp", "ptxas failed\nline 2")
     (choice,) = warmup(nn.Sequential(half("2:4")), (1,), HALF)
     assert choice.backend == "triton" and choice.reason.endswith("two_four.mma_sp does not run on cpu: ptxas failed")
 
@@ -194,6 +195,7 @@ def test_another_dtype_than_prepared_for_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["2:4", "2:4 int4", "int4 asymmetric", "1x8", "1x8 layer"])
 def test_expanded_weights_share_one_room(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_ROOMS", WeakValueDictionary())  # none of another test's rooms
     first, second = half(name), half(name, 1)
     first.prepare(HALF), second.prepare(HALF)
     (room,) = gpu._ROOMS.values()
