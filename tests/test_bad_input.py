@@ -236,6 +236,10 @@ BAD_INPUT: dict[str, Case] = {
         ("organisation/dataset",),
     ),
     "prompt without tokens": (lambda w: ["generate", w.llama, "--prompt", ""], ("--prompt",)),
+    "top-p of a greedy continuation": (
+        lambda w: ["generate", w.llama, "--prompt", "the", "--top-p", 0.9],
+        ("--top-p", "--temperature"),
+    ),
 }
 
 

@@ -184,6 +184,17 @@ def test_generate_is_greedy(compressed: Path, cli: Cli, tmp_path: Path) -> None:
     assert prompt in result.out
 
 
+def test_generate_samples_by_its_seed(compressed: Path, cli: Cli, tmp_path: Path) -> None:
+    def text(*flags: str | float) -> str:
+        settings = ("--prompt", "the of and to", "--max-new-tokens", 12, "--json", tmp_path / "g.json")
+        ok(cli("generate", compressed, *settings, *flags))
+        return str(read(tmp_path / "g.json")["text"])
+
+    greedy, hot = text(), ("--temperature", 5.0)
+    assert text(*hot) == text(*hot, "--seed", 0) != text(*hot, "--seed", 1)
+    assert text(*hot, "--top-p", 0) == text("--temperature", 1e-4) == greedy
+
+
 def test_recipes_lists_what_ships_and_checks_files(recipe: Path, cli: Cli, tmp_path: Path) -> None:
     ok(cli("recipes", "--json", tmp_path / "r.json"))
     rows = read(tmp_path / "r.json")["recipes"]
