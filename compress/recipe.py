@@ -208,12 +208,12 @@ class Recipe(BaseModel):
         }
         schemes = {name: stage.scheme(shapes[name]) for name, stage in chosen.items()}
         _check_fused(self.name, schemes, shapes)
-        along_outputs = next((name for name, scheme in schemes.items() if scheme.input_major), None)
-        if self.tuning is not None and along_outputs is not None:
-            raise InputError(
-                f"recipe {self.name}: tuning: {along_outputs} is stored along the outputs, which tuning cannot train;"
-                " remove tuning (or pass --tuning none)"
-            )
+        for name, scheme in schemes.items() if self.tuning is not None else ():
+            if (fixed := _not_trained(scheme)) is not None:
+                raise InputError(
+                    f"recipe {self.name}: tuning: {name} has {fixed}, which tuning cannot train; remove tuning (or pass"
+                    " --tuning none)"
+                )
         if self.search is not None and all(stage.selection is None for stage in chosen.values()):
             raise InputError(
                 f"recipe {self.name}: search: no stage has a selection, so there is nothing to search; remove search"
@@ -314,6 +314,15 @@ def _for_linear(stage: StageConfig, name: str, shape: tuple[int, int], where: st
     except FormatError as error:
         raise InputError(f"{where}: {name}: {error}; ignore it or change the stage") from None
     return stage
+
+
+def _not_trained(scheme: LinearScheme) -> str | None:
+    """What `scheme` has that tuning cannot train, in words; None when it can train all of it."""
+    if scheme.prompt_static:
+        return "inputs that a prompt chooses"
+    if scheme.selection is not None and scheme.low_rank is not None:
+        return "a branch for the inputs that are not read"
+    return "integers along the outputs" if scheme.input_major and scheme.integers is not None else None
 
 
 def _check_fused(recipe: str, schemes: Mapping[str, LinearScheme], shapes: Iterable[str]) -> None:

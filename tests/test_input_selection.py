@@ -23,6 +23,7 @@ from recipe_cases import refusal, stages
 from runs import contents, interrupt, stop_in_block
 
 DENSE = LinearScheme(pattern="dense", density=1.0)
+SELECTION = {"sparsity": 0.5}
 INT4 = DENSE.model_copy(update={"integers": IntegerScheme(group_size=64, along="outputs")})
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -244,7 +245,6 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 # --- bad input -----------------------------------------------------------------------------------------------------
 
-SELECTION = {"sparsity": 0.5}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"pass": "keep"}, "the stage needs a selection"),
     ({"pass": "keep", "selection": {"sparsity": 1}}, "selection.sparsity"),
@@ -278,10 +278,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_tuning_of_weights_along_outputs_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    tuned = recipe(text_file).with_tuning("block")
-    with pytest.raises(InputError, match=r"tuning: .*q_proj is stored along the outputs, which tuning cannot train"):
-        compress_checkpoint(llama, tuned, tmp_path / "out")
+NOT_TRAINED = {
+    "a branch for the inputs that are not read": {"pass": "keep", "selection": {**SELECTION, "channels": 0.9}},
+    "inputs that a prompt chooses": {"pass": "keep", "selection": {"sparsity": 0.5, "threshold": "prompt"}},
+    "integers along the outputs": {"pass": "rtn", "along": "outputs", "group_size": 16, "selection": SELECTION},
+}
+
+
+@pytest.mark.parametrize("words", NOT_TRAINED)
+def test_what_tuning_cannot_train_is_refused(words: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = {"calibration": {"data": str(text_file), "samples": 8, "seqlen": 32}, "stages": [NOT_TRAINED[words]]}
+    with pytest.raises(InputError, match=f"tuning: .*q_proj has {words}, which tuning cannot train"):
+        compress_checkpoint(llama, Recipe.parse({**settings, "tuning": {"block": {}}}), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("stage", "message"), BAD, ids=[message for _, message in BAD])

@@ -106,6 +106,23 @@ def test_other_architectures_norms_branches_and_rounded_tables(
     assert any(not torch.equal(before[n], after[n]) for n in norms)
 
 
+def test_inputs_are_selected_while_weights_are_trained(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"pass": "keep", "selection": {"sparsity": 0.6}}
+    tuning = {"block": BLOCK, "end_to_end": {**END_TO_END, "rates": {"weights": 0.003}}}
+    settings = recipe(text_file, stage, **tuning)
+    report = compress_checkpoint(dense, settings, tmp_path / "out")
+    assert all(row.best < row.start and row.note is None for row in report.tuning)
+    assert report.verification.relative_difference == 0
+    interrupt(dense, settings, tmp_path / "again", stop_when("end_to_end", 3))
+    compress_checkpoint(dense, settings, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    plain = compress_checkpoint(dense, settings.with_tuning("none"), tmp_path / "plain")
+    assert report.dev.compressed < plain.dev.compressed  # both with their inputs selected
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    kinds = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert "weight_t" in kinds and kinds <= {"weight_t", "thresholds"}
+
+
 # --- the gradients of stage 2, against the whole model's -----------------------------------------------------------
 
 

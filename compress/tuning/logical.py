@@ -30,7 +30,7 @@ def unpack_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: tu
     """The numbers behind the stored `tensors` (by suffix, a branch ignored) of a linear of `shape` `(N, K)`.
 
     Dropped groups have scale 0 and the middle zero point. A pattern stored without metadata (4:8 in integers, 16-bit
-    patterns other than 2:4) keeps what is not zero. Raises FormatError for weights stored along the outputs.
+    patterns other than 2:4) keeps what is not zero. Raises FormatError for integers along the outputs.
     """
     columns = shape[1]
     match scheme.storage:
@@ -40,6 +40,9 @@ def unpack_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: tu
             return Logical(two_four.unpack(values, meta), None, mask)
         case "dense":
             return Logical(tensors["weight"], None, tensors["weight"] != 0)
+        case "transposed":
+            weight = tensors["weight_t"].T
+            return Logical(weight, None, None if scheme.pattern == "dense" else weight != 0)
         case "two_four_int4":
             assert scheme.integers is not None
             packed = TwoFourInt4(tensors["codes"], tensors["scales"], tensors.get("zeros"), tensors["meta"])
@@ -63,7 +66,7 @@ def unpack_weight(scheme: LinearScheme, tensors: Mapping[str, Tensor], shape: tu
             layer = LayerGroups(*_groups(tensors), tensors["row_start"])
             return _spread(scheme, groups_layer.unpack(layer)[0], entry_rows(layer.row_start, len(layer.scales)), shape)
         case _:
-            raise FormatError("weights along the outputs cannot be trained")
+            raise FormatError("integers along the outputs cannot be trained")
 
 
 def pack_logical(scheme: LinearScheme, logical: Logical) -> dict[str, Tensor]:

@@ -170,7 +170,8 @@ class FloatWeight(nn.Module):
         weight = logical.weight
         self.dtype, self.part, self.size = weight.dtype, part, unit_of(weight)
         self.mask = logical.mask if part in train else None
-        self.values = nn.Parameter(weight.float() / self.size) if part in train else None
+        # Contiguous: fused AdamW pairs numbers by where they lie, and moments read from a file are contiguous.
+        self.values = nn.Parameter((weight.float() / self.size).contiguous()) if part in train else None
         self._frozen = None if part in train else weight
 
     def trained(self) -> Trained:
