@@ -16,6 +16,7 @@ import halfweight
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
 from halfweight.compress.blocks import BlockWalker
 from halfweight.compress.calibration import load_windows
+from halfweight.compress.recipe import named_recipes
 from halfweight.compress.report import CompressionReport, OnProgress, Progress
 from halfweight.compress.tuning import checkpoint
 from halfweight.compress.tuning.end_to_end import _Training
@@ -275,7 +276,8 @@ def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
 
 # --- recipes and plans ---------------------------------------------------------------------------------------------
 
-BEST = ["2of4-best", "2of4-w4-best", "gqsa-w4s50-best", "gqsa-w4s50-lowrank-best", "w2-g64-best", "w4-g64-best"]
+BEST = [name for name in named_recipes() if name.endswith("-best")]
+NAMED_AFTER = {"2of4-best": "2of4-admm", "teal-65-best": "teal-65-fisher-searched"}  # without the search
 
 
 def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_after() -> None:
@@ -285,7 +287,7 @@ def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_a
         assert tuned.tuning is not None and tuned.tuning.block is not None and tuned.tuning.end_to_end is not None
         stages = (tuned.tuning.block, tuned.tuning.end_to_end)
         costs.add((tuned.tuning.samples, tuned.calibration, *((stage.epochs, stage.batch) for stage in stages)))
-        plain = Recipe.load("2of4-admm" if name == "2of4-best" else name.removesuffix("-best"))
+        plain = Recipe.load(NAMED_AFTER.get(name, name.removesuffix("-best")))
         # In time for tuning, the densities of groups are divided first.
         stages = [s.model_copy(update={"allocation": "uniform"}) if "gqsa" in name else s for s in tuned.stages]
         assert stages == list(plain.stages)
