@@ -8,8 +8,7 @@ is TEAL, 0 the dense model. Thresholds meet a level on the calibration text, so 
 read a little more or less: TEAL is the cell of it that reads nearest as many bytes, at most 1 % more or fewer, and more
 of them can be asked for (--teal-levels). `agrees` is the share of greedy tokens that are the dense model's, before the
 first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
-spread evenly; `block` and `tuned` train the weights afterwards. All of it sees --calibration alone; all but the first
-1 % of a window's tokens select.
+spread evenly. Searches and thresholds see --calibration alone; all but the first 1 % of a window's tokens select.
 
 Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
 on where it stopped, also within a cell; --report-only makes the table of the finished cells.
@@ -67,10 +66,7 @@ METHODS = DEFAULT | {
     "wina-fisher": ({"score": "l2", **_FISHER}, None),
     "rsparse-fisher": ({**_RSPARSE, **_FISHER}, None),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
-    "teal-fisher-block": (_FISHER, None),
-    "teal-fisher-tuned": (_FISHER, None),
 }
-TUNED = {"teal-fisher-block": "block", "teal-fisher-tuned": "both"}  # by which stages, as the recipe teal-65-best does
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
 BASELINE, EQUAL = "teal", 0.01
 
@@ -97,10 +93,6 @@ def recipe_of(method: str, level: float, settings: Mapping[str, Any]) -> Recipe:
             "seqlen": settings["search_seqlen"],
             "seed": settings["seed"],
         }
-    if method in TUNED:
-        tuned = Recipe.load("teal-65-best").with_tuning(TUNED[method]).tuning
-        assert tuned is not None  # the recipe has both stages
-        data["tuning"] = tuned.model_dump(exclude_none=True)
     return Recipe.parse(data)
 
 

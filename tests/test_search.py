@@ -355,13 +355,6 @@ def test_shares_are_of_the_baseline_that_reads_as_much() -> None:
     assert shares[:3] == pytest.approx([1, 1, 0.5]) and shares[3] is None
 
 
-def test_tuned_methods_train_as_the_recipe_does() -> None:
-    settings = {"calibration": "x", "samples": 8, "calibration_seqlen": 64, "seed": 0}
-    found = load_script("compare_selection").recipe_of("teal-fisher-block", 50, settings)
-    assert found.tuning == Recipe.load("teal-65-best").with_tuning("block").tuning
-    assert found.stages[0].selection.sparsity == 0.5 and found.search is None
-
-
 def test_searched_recipes_ship() -> None:
     for name in ("rsparse-50", "rsparse-65", "teal-65-fisher"):
         shipped = Recipe.load(named_recipes()[f"{name}-searched"])
