@@ -35,13 +35,21 @@ class Step(NamedTuple):
     weight: int
 
 
-def selecting_linears(walker: BlockWalker, index: int, stages: Mapping[str, StageConfig]) -> dict[str, nn.Linear]:
+def selecting_linears(
+    walker: BlockWalker, index: int, stages: Mapping[str, StageConfig], dense_tokens: int
+) -> dict[str, nn.Linear]:
     """The linears of block `index`, held by the `walker`, that `stages` work on; those that will select their inputs
-    are replaced by ones that can."""
+    are replaced by ones that can.
+
+    As where models are scored, the first `dense_tokens` of a window read all inputs, for all others attend to them.
+    Where a prompt chooses the inputs, they select like the others.
+    """
     linears = {name: linear for name, linear in walker.block_linears(index).items() if name in stages}
     for name, linear in linears.items():
         if stages[name].selection is not None:
-            linears[name] = SelectingLinear.like(linear)
+            linears[name] = selecting = SelectingLinear.like(linear)
+            by_prompt = selection_of_stage(stages[name]).threshold == "prompt"
+            selecting.dense_tokens = 0 if by_prompt else dense_tokens
             walker.model.set_submodule(name, linears[name])
     return linears
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..eval.selection import prompt_tokens_of, selecting_tokens
+from ..eval.selection import dense_tokens_of, prompt_tokens_of, selecting_tokens
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import RunError
 from ..serving.experts import stack_of
-from ..serving.linear import SelectingLinear, core_inputs, expand_linears
+from ..serving.linear import SelectingLinear, core_inputs, expand_linears, read_all_at_first
 from ..serving.storage import effective_weight, selection_of
 from ..serving.tables import Table
 from . import vocabulary, writer
@@ -64,6 +64,7 @@ class Run:
         folder, one batch at a time in memory."""
         self.walker, self.stages, self.embeddings, self.windows = walker, stages, recipe.embeddings, windows
         self.tuning, self.seed = recipe.tuning, recipe.calibration.seed
+        self.dense_tokens = dense_tokens_of(recipe.calibration.seqlen)
         self.journal, self.progress, self.world, self.spill = journal, progress, world, spill
         self.hidden = Stream()  # calibration activations of the compressed model ...
         self.more = Stream()  # ... and those of further windows to tune on
@@ -134,7 +135,7 @@ class Run:
         walker, part = self.walker, part_name(index)
         self.progress(Progress("blocks", index, walker.n_blocks, walker.block_prefix(index)))
         with walker.block(index) as block:
-            linears = selecting_linears(walker, index, self.stages)
+            linears = selecting_linears(walker, index, self.stages, self.dense_tokens)
             first, others = self.dev_dense[:1], self.dev_dense[1:]  # none, where processes outnumber dev windows
             groups = input_groups(linears, lambda: self._propagate(index, block, first)) if first else []
             groups = self.world.shared(groups)
@@ -335,6 +336,7 @@ class Run:
         stream = self._embed(reloaded, self.windows.dev)
         for index in range(reloaded.n_blocks):
             with reloaded.block(index) as block:
+                read_all_at_first(block, self.dense_tokens)
                 if self.walker.dtype not in _TOLERANCE or core_inputs(block):
                     # In 16 bits the run multiplies effective weights rounded to the dtype; kernels and branches do not
                     # round them, and over many blocks that adds up to more than a damaged tensor might. And in the run

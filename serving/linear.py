@@ -240,9 +240,11 @@ class CompressedLinear(CompressedWeight):
 
 
 class SelectingLinear(nn.Linear):
-    """A dense linear; once it has a `selection` of one part, every token reads the inputs that it selects."""
+    """A dense linear; once it has a `selection` of one part, every token reads the inputs that it selects, but for the
+    first `dense_tokens` of a sequence `[..., T, K]`, which read all."""
 
     selection: InputSelection | None = None
+    dense_tokens = 0
 
     @classmethod
     def like(cls, linear: nn.Linear) -> SelectingLinear:
@@ -255,7 +257,9 @@ class SelectingLinear(nn.Linear):
         """`x` `[..., K]` -> `[..., N]`."""
         if self.selection is None:
             return super().forward(x)
-        return select_reference.linear(x, self.weight.T, self.selection, self.bias)
+        first = self.dense_tokens if x.ndim > 1 else 0
+        y = select_reference.linear(x[..., first:, :], self.weight.T, self.selection, self.bias)
+        return torch.cat([super().forward(x[..., :first, :]), y], dim=-2) if first else y
 
 
 def read_all_in_prefill(model: nn.Module, dense: bool = True) -> None:
@@ -263,6 +267,13 @@ def read_all_in_prefill(model: nn.Module, dense: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             module.dense_prefill = dense
+
+
+def read_all_at_first(model: nn.Module, tokens: int) -> None:
+    """Let the first `tokens` of a sequence read all inputs of the linears of `model` that select theirs by token."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and module.scheme.selection is not None:
+            module.dense_tokens = 0 if module.scheme.prompt_static else tokens
 
 
 def core_inputs(model: nn.Module) -> list[CoreInputs]:
@@ -315,14 +326,14 @@ def swap_linears(model: nn.Module, linears: Mapping[str, LinearScheme]) -> None:
 def expand_linears(block: nn.Module, dtype: torch.dtype) -> None:
     """Replace, in place, each compressed linear inside `block` by a dense one with its effective weight in `dtype`.
 
-    What a linear reads by stays as it is.
+    What a linear reads by, and which tokens do, stays as it is.
     """
     found = {name: module for name, module in block.named_modules() if isinstance(module, CompressedLinear)}
     for name, module in found.items():
         if name.rpartition(".")[0] in found:
             continue  # half of a branch
         dense = SelectingLinear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        dense.selection = storage.selection_of(module.scheme, module.stored())
+        dense.selection, dense.dense_tokens = storage.selection_of(module.scheme, module.stored()), module.dense_tokens
         dense.weight = nn.Parameter(module.effective_weight(dtype), requires_grad=False)
         if module.bias is not None:
             dense.bias = nn.Parameter(module.bias, requires_grad=False)

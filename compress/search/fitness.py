@@ -95,7 +95,7 @@ class Fitness:
     def gather(self, index: int, block: nn.Module, stages: Mapping[str, StageConfig], inputs: list[Tensor]) -> None:
         """Learn what trials need to know about block `index`, whose calibration `inputs` become its outputs; from then
         on it selects."""
-        made = selecting_linears(self._walker, index, stages)
+        made = selecting_linears(self._walker, index, stages, dense_tokens_of(inputs[0].shape[1]))
         linears = {name: linear for name, linear in made.items() if isinstance(linear, SelectingLinear)}
         run = partial(self._walker.run, index, block)
         greedy = {name: linear for name, linear in linears.items() if self._space.members[name].greedy}
