@@ -16,8 +16,9 @@ from halfweight.compress.plan import plan
 from halfweight.compress.target import with_removed
 from halfweight.eval.perplexity import evaluate
 from halfweight.eval.selection import inputs_read, selecting_tokens
-from halfweight.serving.linear import CompressedLinear
-from halfweight.serving.scheme import IntegerScheme, LinearScheme
+from halfweight.serving.linear import CompressedLinear, SelectingLinear
+from halfweight.serving.scheme import IntegerScheme, LinearScheme, SelectionScheme
+from halfweight.serving.storage import Selection, pack_selection, selection_of
 from halfweight.triton_kernels.formats.bits import from_bits
 from recipe_cases import refusal, stages
 from runs import contents, interrupt, stop_in_block
@@ -25,6 +26,7 @@ from runs import contents, interrupt, stop_in_block
 DENSE = LinearScheme(pattern="dense", density=1.0)
 SELECTION = {"sparsity": 0.5}
 INT4 = DENSE.model_copy(update={"integers": IntegerScheme(group_size=64, along="outputs")})
+DENSE_BY_SIZE = DENSE.model_copy(update={"selection": SelectionScheme()})
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -103,6 +105,15 @@ def test_the_loaded_model_selects_as_defined(selected: Path, llama: Path, tmp_pa
     halfweight.load(selected, dtype="bfloat16").save_pretrained(tmp_path / "again")
     again = halfweight.load(tmp_path / "again", dtype="float32").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
+def test_the_first_tokens_of_a_window_read_everything_in_calibration() -> None:
+    dense, x = nn.Linear(8, 4), torch.randn(2, 5, 8)
+    linear = SelectingLinear.like(dense)
+    linear.selection = selection_of(DENSE_BY_SIZE, pack_selection(DENSE_BY_SIZE, Selection(100.0, None)))
+    linear.dense_tokens = 2
+    y, bias = linear(x), dense.bias.expand(2, 3, 4)
+    torch.testing.assert_close(y, torch.cat([dense(x[:, :2]), bias], dim=1))  # nothing is above the threshold
 
 
 def test_a_dense_prefill_reads_everything_but_in_decoding(
