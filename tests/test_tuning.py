@@ -20,6 +20,7 @@ from halfweight.compress.recipe import named_recipes
 from halfweight.compress.report import CompressionReport, OnProgress, Progress
 from halfweight.compress.tuning import checkpoint
 from halfweight.compress.tuning.end_to_end import _Training
+from halfweight.compress.tuning.teacher import divergence, log_probabilities
 from halfweight.compress.tuning.training import batches, look_steps, schedule
 from halfweight.serving.scheme import ArtifactConfig
 from runs import Stop, contents, fails, interrupt, parsed
@@ -158,6 +159,29 @@ def test_gradients_are_those_of_the_whole_model(
         weight = model.get_parameter(name)
         wanted = weight.grad * (weight != 0) if grad.ndim == 2 else weight.grad
         torch.testing.assert_close(grad, wanted, rtol=2e-3, atol=2e-6)
+
+
+def test_the_divergence_and_its_gradient_are_those_of_whole_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, logits = 3 * torch.randn(2, 6, 40, generator=generator, dtype=torch.float64)
+    values, tokens = teacher.log_softmax(-1).topk(5)
+    target = torch.randint(0, 40, (6,), generator=generator)
+    logits.requires_grad_()
+
+    def folded(log_probs: Tensor) -> Tensor:
+        """The five tokens' log probabilities, and that of all others together."""
+        others = log_probs.exp().sum(-1) - log_probs.gather(-1, tokens).exp().sum(-1)
+        return torch.cat([log_probs.gather(-1, tokens), others.log()[:, None]], 1)
+
+    said = log_probabilities(logits, torch.cat([tokens, target[:, None]], 1))
+    found = 0.7 * divergence(said[:, :-1], values) - 0.3 * said[:, -1]
+    apart = torch.nn.functional.kl_div(
+        folded(logits.log_softmax(-1)), folded(teacher.log_softmax(-1)), reduction="none", log_target=True
+    )
+    wanted = 0.7 * apart.sum(-1) + 0.3 * torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*grads)
 
 
 def training_windows(settings: Recipe, dense: Path) -> list[Tensor]:

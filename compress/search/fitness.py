@@ -33,7 +33,7 @@ from ..passes.low_rank import largest_singular
 from ..passes.selection import UnreadInputs, column_norms, scores
 from ..quantiles import QuantileSketch
 from ..statistics import spread_rows
-from ..tuning.teacher import chunks, divergence
+from ..tuning.teacher import chunks, divergence, log_probabilities
 from .space import Budget, Space
 
 Curves = dict[int, dict[str, dict[float, float]]]
@@ -78,7 +78,7 @@ class Fitness:
                 losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
             else:
                 values, tokens = (part.to(logits.device) for part in self._teacher[number])
-                losses.append(divergence(logits, values, tokens))
+                losses.append(divergence(log_probabilities(logits, tokens), values))
         mean = float(torch.cat(losses).double().mean())
         if self._perplexity:
             mean = math.exp(min(mean, 100.0))

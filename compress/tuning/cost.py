@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..passes import StageConfig
 from ..passes.base import IntegerSettings
 from .config import BlockTuning, EndToEndTuning, Part, TrainingSettings
+from .teacher import LOGITS
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -21,7 +22,7 @@ _TRAINED = 4 * 4
 _EXPANDED = 4 * 4 + 2
 _SAVED = 2  # inputs and outputs of linears are both saved, and once more in between
 _NORMED = 10 * 4  # fp32 copies that a block's norms and residuals save per hidden number
-_LOGIT_BYTES = 4 * 4 * 2**22  # logits, their gradient, softmax and scratch
+_LOGIT_BYTES = 3 * 4 * LOGITS  # logits and their gradient in fp32, and both in 16 bits
 _PASSES = 40  # times that a weight's fp32 bytes are moved per step of training, for rounding and AdamW
 BASE = 2e9  # a process with torch and transformers in it
 

@@ -21,12 +21,11 @@ from ..report import TuningReport
 from . import checkpoint
 from .config import EndToEndTuning
 from .student import Student
-from .teacher import Teacher, chunks, divergence
+from .teacher import LOGITS, Teacher, chunks, divergence, log_probabilities
 from .training import Looks, Trainer, batches, look_steps
 
 Say = Callable[[int, int, str], None]  # steps done, of how many, and how it goes
 
-_LOGITS = 2**22  # that exist at once, fp32, at first
 _FEWEST_LOGITS = 2**18
 
 
@@ -117,7 +116,7 @@ class _Training:
         self.looks = Looks()
         self.tokens, self.seconds, self.finished = 0, 0.0, not parameters
         self.note = None if parameters else "there is nothing to train"
-        self.logits, self.rows = _LOGITS, max(len(x) for x in train.embedded)
+        self.logits, self.rows = LOGITS, max(len(x) for x in train.embedded)
         found = checkpoint.load(resume.file, resume.run)
         if found is None:
             self.looks.see(0, self.dev_loss(), self.trainer)
@@ -191,9 +190,9 @@ class _Training:
         values, tokens = text.teacher.window(number)
         for keep in chunks(self.walker, len(window) - 1, self.logits):
             logits = self.walker.logits(output, window, keep)
-            said = torch.nn.functional.cross_entropy(logits, window[keep + 1], reduction="sum")
-            apart = divergence(logits, values[keep], tokens[keep]).sum()
-            yield (1 - self.settings.distill) * said + self.settings.distill * apart
+            said = log_probabilities(logits, torch.cat([tokens[keep], window[keep + 1, None]], 1))
+            apart = divergence(said[:, :-1], values[keep]).sum()
+            yield self.settings.distill * apart - (1 - self.settings.distill) * said[:, -1].sum()
 
     @torch.no_grad()
     def dev_loss(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,7 @@ from ..blocks import BlockWalker
 from ..writer import write_part
 
 PART = "teacher.safetensors"
-_LOGITS = 2**22  # that exist at once, fp32
+LOGITS = 2**24  # that exist at once, fp32: with fewer rows than 64, a large head is read once for every few tokens
 _FLOOR = 1e-6  # of the probability of everything outside the top
 
 
@@ -34,7 +35,7 @@ def write_teacher(
             rows = (row[None] for x in hidden for row in x)
             for number, (x, window) in enumerate(zip(rows, windows, strict=True)):
                 output = walker.decoded(x, window)
-                for keep in chunks(walker, len(window) - 1, _LOGITS):
+                for keep in chunks(walker, len(window) - 1, LOGITS):
                     logits = walker.logits(output, window, keep)
                     top = (logits - logits.logsumexp(-1, keepdim=True)).topk(k)
                     values[number, keep.cpu()], tokens[number, keep.cpu()] = (
@@ -64,9 +65,31 @@ def chunks(walker: BlockWalker, positions: int, logits: int) -> list[Tensor]:
     return list(torch.arange(positions, device=walker.device).split(max(16, logits // vocabulary)))
 
 
-def divergence(logits: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """KL divergence `[n]` (nats) of softmax(`logits` `[n, V]`) from the distribution that gives `tokens` `[n, k]` the
-    log probabilities `values`, with all other tokens taken together as one."""
-    said = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+class _LogProbabilities(torch.autograd.Function):
+    """Few of a row's log probabilities; backward, too, makes one matrix as large as the logits, where log_softmax and
+    the losses on top of it make five."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        total = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, total, tokens)
+        return logits.gather(-1, tokens) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, total, tokens = ctx.saved_tensors
+        found = (logits - total).exp_().mul_(-grads[0].sum(-1, keepdim=True))
+        return found.scatter_add_(-1, tokens, grads[0]), None
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log probabilities `[n, k]` of `tokens` `[n, k]` (ids, which may repeat) under softmax(`logits` `[n, V]`)."""
+    found: Tensor = _LogProbabilities.apply(logits, tokens)
+    return found
+
+
+def divergence(said: Tensor, values: Tensor) -> Tensor:
+    """KL divergence `[n]` (nats) of a distribution that gives tokens the log probabilities `said` `[n, k]` from the one
+    that gives them `values` `[n, k]`, with all other tokens taken together as one."""
     rest, said_rest = ((1 - part.exp().sum(-1)).clamp(min=_FLOOR) for part in (values, said))
     return (values.exp() * (values - said)).sum(-1) + rest * (rest.log() - said_rest.log())
