@@ -136,7 +136,8 @@ def compress_checkpoint(
         parts = run.whole(identity)
 
         schemes = {name: stage.scheme(shapes[name]) for name, stage in run.stages.items()}
-        scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill)
+        selects = any(scheme.selection is not None for scheme in schemes.values())
+        scheme = ArtifactConfig(linears=schemes, prefill=recipe.prefill if selects else "masked")
         if recipe.embeddings is not None:
             integers = recipe.embeddings.integers()
             heads = {table.name: integers.dense for table in run.tables if table.name != walker.embedding}

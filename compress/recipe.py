@@ -72,7 +72,9 @@ class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
     `search` for what their selections read, and the `tuning` that follows. The model's `basis` changes first.
 
-    `prefill: dense` lets linears that select their inputs read all of them unless a sequence brings a single token.
+    Where linears select their inputs, they do so for single tokens, and read everything when a sequence brings more: a
+    prompt is computed faster and better so. `prefill: masked` lets the tokens of prompts select, too, as vLLM does, and
+    as scores are computed either way.
 
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.
@@ -85,7 +87,7 @@ class Recipe(BaseModel):
     calibration: Calibration = Calibration()
     embeddings: Embeddings | None = None
     basis: Basis | None = None
-    prefill: Literal["masked", "dense"] = "masked"
+    prefill: Literal["masked", "dense"] = "dense"
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     search: Search | None = None
     tuning: Tuning | None = None

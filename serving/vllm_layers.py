@@ -46,8 +46,8 @@ class HalfweightConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> HalfweightConfig:
-        """Raises InputError for a version or a scheme that this halfweight does not read, for a dense prefill, and for
-        inputs that a prompt chooses."""
+        """Raises InputError for a version or a scheme that this halfweight does not read, and for inputs that a prompt
+        chooses."""
         artifact = ArtifactConfig.parse(config, "config.json")
         if artifact.prompt_static:
             raise InputError(
@@ -56,9 +56,9 @@ class HalfweightConfig(QuantizationConfig):
             )
         selects = any(scheme.selection is not None for scheme in artifact.linears.values())
         if selects and artifact.prefill == "dense":  # linears get [tokens, K], prompts and new tokens mixed
-            raise InputError(
+            logger.warning(
                 "config.json: quantization_config.prefill is dense, but in vLLM a linear cannot tell the tokens of a"
-                " prompt from new ones; set it to masked, which selects inputs in prompts too, or use halfweight.load"
+                " prompt from new ones: prompts select their inputs, too, as in halfweight's scores"
             )
         return cls(artifact)
 

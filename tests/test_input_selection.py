@@ -32,7 +32,8 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def recipe(text: Path, **settings: Any) -> Recipe:
     stage = {"pass": "keep", "selection": {"sparsity": 0.4, **settings}}
-    return Recipe.parse({"calibration": {"data": str(text), "samples": 8, "seqlen": 32}, "stages": [stage]})
+    calibration = {"data": str(text), "samples": 8, "seqlen": 32}
+    return Recipe.parse({"calibration": calibration, "stages": [stage], "prefill": "masked"})
 
 
 # --- allocation ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fake_vllm
 from fake_vllm import LinearBase, ParallelLMHead, UnquantizedLinearMethod, VocabParallelEmbedding
 from halfweight.serving.errors import InputError
-from halfweight.serving.scheme import ArtifactConfig, IntegerScheme, LinearScheme, SelectionScheme
+from halfweight.serving.scheme import ArtifactConfig, LinearScheme, SelectionScheme
 from halfweight.serving.storage import effective_weight, pack_weight
 from halfweight.serving.vllm_plugin import register
 from stored_linears import SCHEMES, SELECTED, TOPK, WIDE, K, N, integers, packed, random_codes, run, selected
@@ -34,8 +34,8 @@ def configure(registry: Any) -> Any:
     """A factory of plugin configs, made as vLLM makes them from config.json."""
     register()
 
-    def make(linears: dict[str, LinearScheme], embedding: IntegerScheme | None = None) -> Any:
-        data = ArtifactConfig(linears=linears, embedding=embedding).to_json()
+    def make(linears: dict[str, LinearScheme], **settings: Any) -> Any:
+        data = ArtifactConfig(linears=linears, **settings).to_json()
         config = registry.configs["halfweight"].from_config(data)
         config.packed_modules_mapping["qkv_proj"] = ["q_proj", "k_proj", "v_proj"]
         return config
@@ -215,7 +215,7 @@ def test_a_padded_embedding_and_its_tied_head(ranks: int, configure: Any) -> Non
     tensors = pack_weight(torch.empty(0), table.dense, codes)
     want = dense(table.dense, tensors, rows)
     for rank in range(ranks):
-        config = configure({}, table)
+        config = configure({}, embedding=table)
         layer, head = (kind(rows, K, rank, ranks) for kind in (VocabParallelEmbedding, ParallelLMHead))
         method, head_method = config.get_quant_method(layer, ""), config.get_quant_method(head, "lm_head")
         layer.create(method)
@@ -235,7 +235,7 @@ def test_an_untied_head_of_integers_is_padded(configure: Any) -> None:
     rows, table = 27, integers(8, 32)
     tensors = pack_weight(torch.empty(0), table.dense, random_codes(table, rows, K, torch.Generator().manual_seed(0)))
     head = ParallelLMHead(rows, K)
-    method = configure({"lm_head": table.dense}, table).get_quant_method(head, "lm_head")
+    method = configure({"lm_head": table.dense}, embedding=table).get_quant_method(head, "lm_head")
     head.create(method)
     load(head, tensors)
     method.process_weights_after_loading(head)
@@ -248,6 +248,13 @@ def test_what_is_not_compressed_stays_vllms_own(configure: Any) -> None:
     assert isinstance(config.get_quant_method(LinearBase(), f"{BLOCK}.mlp.gate_proj"), UnquantizedLinearMethod)
     assert config.get_quant_method(VocabParallelEmbedding(4, 4), "model.embed_tokens") is None
     assert config.get_quant_method(ParallelLMHead(4, 4), "lm_head") is None
+
+
+def test_a_dense_prefill_is_served_with_a_warning(configure: Any, caplog: pytest.LogCaptureFixture) -> None:
+    configure({DOWN: SELECTED["16-bit"]})
+    assert not caplog.text
+    configure({DOWN: SELECTED["16-bit"]}, prefill="dense")
+    assert "prompts select their inputs, too" in caplog.text
 
 
 def test_refusals_name_the_linear(configure: Any) -> None:
@@ -273,9 +280,6 @@ def test_what_selected_schemes_cannot_do_is_refused(registry: Any, configure: An
     copied.num_kv_head_replicas = 2  # type: ignore[assignment]  # a name of vLLM's
     with pytest.raises(InputError, match=r"down_proj: its groups are not cut for more ranks than key"):
         copied.create(configure({DOWN: SELECTED["groups"]}).get_quant_method(copied, DOWN), by_rows=False)
-    data = ArtifactConfig(linears={DOWN: SELECTED["16-bit"]}, prefill="dense").to_json()
-    with pytest.raises(InputError, match=r"prefill is dense, but .* set it to masked"):
-        registry.configs["halfweight"].from_config(data)
     core = SELECTED["16-bit"].model_copy(update={"selection": SelectionScheme(threshold="prompt")})
     with pytest.raises(InputError, match=r"threshold: prompt, but in vLLM .* compress with threshold: topk"):
         registry.configs["halfweight"].from_config(ArtifactConfig(linears={DOWN: core}).to_json())
