@@ -235,8 +235,7 @@ class CompressedLinear(CompressedWeight):
         if isinstance(v, Tensor) and isinstance(u, Tensor):
             return nn.functional.linear(x @ v[0].to(x.dtype), u.to(x.dtype))
         assert not isinstance(v, Tensor) and not isinstance(u, Tensor)  # both or neither are integers
-        result: Tensor = u(v(x))
-        return result
+        return u.multiply(v.multiply(x, None), None)  # their calls would cost as much as their kernels on small models
 
 
 class SelectingLinear(nn.Linear):

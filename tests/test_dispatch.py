@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfweight.serving.linear import CompressedLinear
 from halfweight.serving.warmup import expect, explain, warmup
 from halfweight.triton_kernels import dispatch, trust
 from halfweight.triton_kernels.cpu import layouts
+from halfweight.triton_kernels.weight import Linear
 from test_storage import SCHEMES, K, N, module, packed
 
 CPU = torch.device("cpu")
@@ -58,8 +59,9 @@ def test_the_switch_forces_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_wrong_kernel_is_switched_off_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     right = layouts.LAYOUTS["group_int4"]
 
-    def wrong(x: Tensor, form: Any, bias: Tensor | None) -> Tensor:
-        return right.linear(x, form, bias) * 1.001 if len(x) == 3 else right.linear(x, form, bias)
+    def wrong(form: Any) -> Linear:
+        linear = right.linear(form)
+        return lambda x, bias: linear(x, bias) * (1.001 if len(x) == 3 else 1)
 
     monkeypatch.setitem(layouts.LAYOUTS, "group_int4", right._replace(linear=wrong))
     model = small_model()

@@ -24,6 +24,7 @@ from halfweight.triton_kernels.formats import FormatError
 from halfweight.triton_kernels.formats.bits import from_bits, to_bits
 from halfweight.triton_kernels.formats.input_select import InputSelection
 from halfweight.triton_kernels.input_select import reference
+from halfweight.triton_kernels.weight import Linear
 from stored_linears import selecting
 from test_storage import K, N, module, packed
 
@@ -218,8 +219,8 @@ def test_runs_on_the_kernels_and_says_so(name: str) -> None:
 def test_a_kernel_that_reads_everything_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = layouts.LAYOUTS["input_select"]
 
-    def everything(x: Tensor, form: Any, bias: Tensor | None) -> Tensor:
-        return right.linear(x, form._replace(thresholds=form.thresholds - 1e9), bias)
+    def everything(form: Any) -> Linear:
+        return right.linear(form._replace(thresholds=form.thresholds - 1e9))
 
     monkeypatch.setitem(layouts.LAYOUTS, "input_select", right._replace(linear=everything))
     chosen, tensors, _ = example("16-bit")

@@ -24,7 +24,7 @@ from .formats import FormatError
 from .formats.bits import from_bits
 from .formats.input_select import InputSelection
 from .library import register
-from .weight import Layout, Lookup, Prepared, Weight
+from .weight import Layout, Linear, Lookup, Prepared, Weight
 
 SWITCH = "HALFWEIGHT_BACKEND"
 # Relative RMS error a kernel may show against the reference in fp32 math, by the dtype of its inputs and outputs.
@@ -160,12 +160,14 @@ def _prepared(weight: Weight, layout: Layout) -> Prepared:
     empty = replace(weight, tensors={})  # the stored tensors may go now
     operator = operator_of(weight.op, type(form), layout)
 
-    def runs(form: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def runs(form: Any) -> Linear:
+        linear = layout.linear(form)
+
         def run(x: Tensor, bias: Tensor | None) -> Tensor:
             # The operator exists for tracing; calling through it costs more than a small GEMV saves.
             if torch.compiler.is_compiling():
                 return operator(x, *form, bias)
-            return layout.linear(x, form, bias)
+            return linear(x, bias)
 
         return run
 
@@ -195,7 +197,7 @@ def operator_of(op: str, form: type, layout: Layout) -> Any:
     fields: Any = form
 
     def run(x: Tensor, *rest: Any) -> Tensor:
-        return layout.linear(x, fields(*rest[:-1]), rest[-1])
+        return layout.linear(fields(*rest[:-1]))(x, rest[-1])
 
     def fake(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], layout.out_features(fields(*rest[:-1]))))

@@ -80,15 +80,17 @@ class Prepared:
 
 
 Lookup = Callable[[Tensor, Any, torch.dtype], Tensor]
+Linear = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Layout(NamedTuple):
     """How the CPU kernels store an op's weights: `prepare(weight)` makes a named tuple of tensors and integers,
-    `restore` inverts it (given the weight without its tensors), `linear` computes with it, `out_features` reads N off
-    it; of an op that is an embedding table too, `lookup(ids [...], form, dtype)` gives rows `[..., K]`."""
+    `restore` inverts it (given the weight without its tensors), `linear(form)(x [..., K], bias)` computes with it,
+    `out_features` reads N off it; of an op that is an embedding table too, `lookup(ids [...], form, dtype)` gives rows
+    `[..., K]`."""
 
     prepare: Callable[[Weight], Any]
     restore: Callable[[Any, Weight], Mapping[str, Tensor]]
-    linear: Callable[[Tensor, Any, Tensor | None], Tensor]
+    linear: Callable[[Any], Linear]
     out_features: Callable[[Any], int]
     lookup: Lookup | None = None

@@ -76,7 +76,7 @@ def rows(prepared: GroupInt4) -> matmul.Rows:
 
 def linear(x: Tensor, prepared: GroupInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ W^T + bias`; see `matmul.linear`."""
-    return matmul.linear(rows(prepared), x, bias)
+    return matmul.linear(rows(prepared))(x, bias)
 
 
 def _prepare(entries: groups.KeptGroups, row_start: Tensor, columns: int) -> GroupInt4:

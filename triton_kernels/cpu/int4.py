@@ -59,7 +59,7 @@ def rows(prepared: Integers) -> matmul.Rows:
 
 def linear(x: Tensor, prepared: Integers, bias: Tensor | None = None) -> Tensor:
     """`x @ W^T + bias`; see `matmul.linear`."""
-    return matmul.linear(rows(prepared), x, bias)
+    return matmul.linear(rows(prepared))(x, bias)
 
 
 def stride_of(group_size: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from ..formats.groups import Groups
 from ..formats.groups_layer import LayerGroups
 from ..formats.integers import Integers
 from ..formats.two_four_int4 import TwoFourInt4
-from ..weight import Layout, Weight
-from . import group_int4, int4, select_forms, tied, two_four, two_four_int4
+from ..weight import Layout, Linear, Weight
+from . import group_int4, int4, matmul, select_forms, tied, two_four, two_four_int4
+from .matmul import Rows
 
 
 def _two_four(weight: Weight) -> two_four.TwoFour:
@@ -54,24 +56,36 @@ def _present(tensors: Mapping[str, Tensor | None]) -> Mapping[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-_INTEGERS = Layout(
-    _int4, lambda form, _: _present(int4.restore(form)._asdict()), int4.linear, lambda form: int4.rows(form).n
-)
+def _k_major(rows: Callable[[Any], Rows]) -> tuple[Callable[[Any], Linear], Callable[[Any], int]]:
+    """Of a layout that `matmul` computes with: the linear over a form, and its N."""
+    return lambda form: matmul.linear(rows(form)), lambda form: rows(form).n
+
+
+def _selecting(linear: Callable[[Tensor, Any, Tensor | None], Tensor]) -> Callable[[Any], Linear]:
+    return lambda form: lambda x, bias: linear(x, form, bias)
+
+
+_INTEGERS = Layout(_int4, lambda form, _: _present(int4.restore(form)._asdict()), *_k_major(int4.rows))
 LAYOUTS: dict[str, Layout] = {
-    "two_four": Layout(_two_four, _restore_two_four, two_four.linear, lambda form: two_four.rows(form).n),
+    "two_four": Layout(_two_four, _restore_two_four, *_k_major(two_four.rows)),
     "two_four_int4": Layout(
         _two_four_int4,
         lambda form, _: _present(two_four_int4.restore(form)._asdict()),
-        two_four_int4.linear,
-        lambda form: two_four_int4.rows(form).n,
+        *_k_major(two_four_int4.rows),
     ),
     "int4": _INTEGERS,
     "tied": _INTEGERS._replace(lookup=tied.lookup),
-    "group_int4": Layout(_group_int4, _restore_group_int4, group_int4.linear, lambda form: group_int4.rows(form).n),
+    "group_int4": Layout(_group_int4, _restore_group_int4, *_k_major(group_int4.rows)),
     "input_select": Layout(
-        select_forms.prepare, select_forms.restore, select_forms.linear, lambda form: form.weight.shape[1]
+        select_forms.prepare,
+        select_forms.restore,
+        _selecting(select_forms.linear),
+        lambda form: form.weight.shape[1],
     ),
     "input_select_int4": Layout(
-        select_forms.prepare_int4, select_forms.restore_int4, select_forms.linear_int4, lambda form: form.n
+        select_forms.prepare_int4,
+        select_forms.restore_int4,
+        _selecting(select_forms.linear_int4),
+        lambda form: form.n,
     ),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..weight import Linear
 from . import jit
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,32 +35,41 @@ class Rows(NamedTuple):
     exact: torch.dtype = torch.float32
 
 
-def linear(rows: Rows, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`x` `[..., k]` (fp32, bf16 or fp16) -> `[..., n]` in x's dtype, summed in fp32; `bias` `[n]` or None.
+def linear(rows: Rows) -> Linear:
+    """The function of `x` `[..., k]` (fp32, bf16 or fp16) and `bias` (`[n]` or None) that gives `x @ W^T + bias`
+    `[..., n]` in x's dtype, summed in fp32.
 
     Up to `fused_tokens` the result of one token depends on it alone, bit for bit: not on the others, nor on the number
-    of threads. Beyond that, weights are rounded to bf16 when x is.
+    of threads. Beyond that, weights are rounded to bf16 when x is. Other activations are a ValueError.
     """
-    # Called for every linear of every token: no tensor operation that is not needed.
-    if x.shape[-1] != rows.k or x.dtype not in DTYPES:
-        raise ValueError(f"activations must be fp32, bf16 or fp16 [..., {rows.k}], got {x.dtype} {list(x.shape)}")
-    tokens = x.numel() // rows.k
-    x = x.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    if tokens > MAX_TOKENS and tokens > fused_tokens(rows):
-        return _dense_linear(rows, x.reshape(tokens, rows.k), bias).view(*x.shape[:-1], rows.n)
-    y = x.new_empty((*x.shape[:-1], rows.n))
-    if rows.n == 0:
+    # It is called for every linear of every token: what does not change is computed here.
+    n, k = rows.n, rows.k
+    fused, work = max(MAX_TOKENS, fused_tokens(rows)), main_bytes(rows)
+    fixed = (n, k, rows.span, rows.stride, rows.padded, *_addresses(rows))
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        shape, kind = x.shape, DTYPES.get(x.dtype)
+        if shape[-1] != k or kind is None:
+            raise ValueError(f"activations must be fp32, bf16 or fp16 [..., {k}], got {x.dtype} {list(shape)}")
+        tokens = x.numel() // k
+        x = x.contiguous()
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        if tokens > fused:
+            return _dense_linear(rows, x.reshape(tokens, k), bias).view(*shape[:-1], n)
+        y = x.new_empty((*shape[:-1], n))
+        if n == 0:
+            return y
+        source, target, size = x.data_ptr(), y.data_ptr(), x.element_size()
+        where = 0 if bias is None else bias.data_ptr()
+        for first in range(0, tokens, MAX_TOKENS):
+            count = min(tokens - first, MAX_TOKENS)
+            kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, count)
+            at = (source + first * k * size, target + first * n * size)
+            jit.run(kernel, work, *at, where, kind, count, *fixed)
         return y
-    where, size = 0 if bias is None else bias.data_ptr(), x.element_size()
-    for first in range(0, tokens, MAX_TOKENS):
-        count = min(tokens - first, MAX_TOKENS)
-        kernel = jit.kernel("rows", "linear", rows.decoder, rows.config, count)
-        source, target = x.data_ptr() + first * rows.k * size, y.data_ptr() + first * rows.n * size
-        sizes = (count, rows.n, rows.k, rows.span, rows.stride, rows.padded)
-        jit.run(kernel, main_bytes(rows), source, target, where, DTYPES[x.dtype], *sizes, *_addresses(rows))
-    return y
+
+    return run
 
 
 def fused_tokens(rows: Rows) -> int:

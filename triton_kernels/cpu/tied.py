@@ -18,4 +18,4 @@ def lookup(tokens: Tensor, prepared: Integers, dtype: torch.dtype = torch.float3
 
 def logits(x: Tensor, prepared: Integers) -> Tensor:
     """`x` `[..., hidden]` -> `[..., vocabulary]`; see `matmul.linear`."""
-    return matmul.linear(int4.rows(prepared), x, None)
+    return matmul.linear(int4.rows(prepared))(x, None)

@@ -54,7 +54,7 @@ def rows(prepared: TwoFour) -> matmul.Rows:
 
 def linear(x: Tensor, prepared: TwoFour, bias: Tensor | None = None) -> Tensor:
     """`x @ W^T + bias`; see `matmul.linear`."""
-    return matmul.linear(rows(prepared), x, bias)
+    return matmul.linear(rows(prepared))(x, bias)
 
 
 def masks_of(meta: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def rows(prepared: TwoFourInt4) -> matmul.Rows:
 
 def linear(x: Tensor, prepared: TwoFourInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ W^T + bias`; see `matmul.linear`."""
-    return matmul.linear(rows(prepared), x, bias)
+    return matmul.linear(rows(prepared))(x, bias)
 
 
 def stride_of(group_size: int) -> int:
