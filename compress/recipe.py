@@ -72,9 +72,8 @@ class Recipe(BaseModel):
     """What to do to a model: `stages` in order, the calibration that informs them, integers for the `embeddings`, the
     `search` for what their selections read, and the `tuning` that follows. The model's `basis` changes first.
 
-    Where linears select their inputs, they do so for single tokens, and read everything when a sequence brings more: a
-    prompt is computed faster and better so. `prefill: masked` lets the tokens of prompts select, too, as vLLM does, and
-    as scores are computed either way.
+    Where linears select their inputs, they do so for single tokens, and read everything when a sequence brings more, as
+    prompts do. `prefill: masked` lets the tokens of prompts select, too, as in vLLM, and in scores either way.
 
     Build it from keyword arguments, from a file or a shipped name with `Recipe.load`, or from a dictionary with
     `Recipe.parse`.

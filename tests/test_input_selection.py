@@ -120,8 +120,8 @@ def test_the_first_tokens_of_a_window_read_everything_in_calibration() -> None:
 def test_a_dense_prefill_reads_everything_but_in_decoding(
     selected: Path, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    settings = recipe(text_file, score="l2", channels=0.8).model_copy(update={"prefill": "dense"})
-    compress_checkpoint(llama, settings, tmp_path / "out")
+    settings = recipe(text_file, score="l2", channels=0.8).model_dump(by_alias=True, exclude={"prefill"})
+    compress_checkpoint(llama, Recipe.parse(settings), tmp_path / "out")
     masked, prefill = (halfweight.load(folder, dtype="float32") for folder in (selected, tmp_path / "out"))
     ids = torch.arange(24)[None] % 7 + 3
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
