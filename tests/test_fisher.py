@@ -62,7 +62,7 @@ def test_curves_are_those_of_the_whole_model(center: str, llama: Path, text_file
         weight = model.get_submodule(name).weight.detach()
         assert {0.1, 0.2, 0.3, 0.4, 0.5, 0.6} <= set(curves[name])  # and on, up to what norms leave
         for level in (0.1, 0.3, 0.5):
-            # 32 bits of norm per input of 16 N bits, 16 of its center, and 32 of the threshold, are read beside the inputs.
+            # 32 bits of norm per input of 16 N bits, 16 of its center, and 32 of the threshold, are read beside.
             n, k = weight.shape
             share = (1 - level) - ((48 if center == "median" else 32) * k + 32) / (16 * n * k)
             total = 0.0
