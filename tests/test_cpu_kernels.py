@@ -178,6 +178,7 @@ def test_values_a_group_does_not_keep_are_not_read() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_selected_inputs(dtype: torch.dtype, widths: list[int], rank: int) -> None:
     check(select_case(101, widths, norms=rank > 1, rank=rank, dtype=dtype), FEW)
+    check(select_case(101, widths, norms=True, rank=rank, dtype=dtype), (9, 40), dtype)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

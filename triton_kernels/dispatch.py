@@ -192,7 +192,7 @@ def _prepared(weight: Weight, layout: Layout) -> Prepared:
     run_all = None
     if weight.selection is not None:
         lowest = torch.full((len(form.parts),), -1.0)  # every |x| is above that
-        run_all = runs(form._replace(thresholds=lowest, counts=None))
+        run_all = runs(form._replace(thresholds=lowest, counts=None, V=None, U=None))
     rows = None if layout.lookup is None else _rows(weight.op, form, layout.lookup)
     return Prepared("cpu", f"{weight.op} kernels", runs(form), lambda: layout.restore(form, empty), rows, run_all)
 

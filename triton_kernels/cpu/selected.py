@@ -121,23 +121,36 @@ def token_thresholds(prepared: Columns, x: Tensor) -> Tensor:
 
 
 def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Masked activations times dense blocks of rows of W^T, in fp32."""
+    """Masked activations times dense blocks of rows of W^T, in fp32; or times a W^T of x's dtype as it is."""
     weight, (_, norms, V, U, _) = prepared.weight, prepared.selection
     wide, thresholds = x.float(), token_thresholds(prepared, x)
+    dense = weight.tensors[0] if weight.decoder == "plain" else None
+    if dense is not None and V is None and x.dtype == dense.dtype != torch.float16:  # fp16 is slow on most CPUs
+        blocks = [
+            x.masked_fill(_unread(wide, norms, thresholds, p), 0.0) @ dense[:, start:stop]
+            for p, (start, stop, _, _) in enumerate(prepared.parts.tolist())
+        ]
+        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return y if bias is None else y + bias
     sums = wide.new_zeros(len(x), weight.padded)
     step = max(1, matmul.BLOCK_BYTES // (4 * max(1, weight.padded)))
     for p, (start, stop, _, _) in enumerate(prepared.parts.tolist()):
-        size = wide.abs() if norms is None else wide.abs() * norms[p]
-        kept = ~(size <= thresholds[:, p, None])
-        selected = wide.masked_fill(~kept, 0.0)
+        unread = _unread(wide, norms, thresholds, p)
+        selected = wide.masked_fill(unread, 0.0)
         for first in range(0, prepared.k, step):
             rows = slice(first, min(first + step, prepared.k))
             sums[:, start:stop].addmm_(selected[:, rows], _dense_rows(prepared, p, rows)[:, start:stop])
         if V is not None and U is not None:
-            rest = wide.masked_fill(kept, 0.0)
+            rest = wide.masked_fill(~unread, 0.0)
             sums[:, start:stop].addmm_(rest @ V[p].float(), U[:, start:stop].float())
     y = sums[:, output_columns(prepared.parts, weight.span, weight.stride)]
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _unread(x: Tensor, norms: Tensor | None, thresholds: Tensor, part: int) -> Tensor:
+    """bool `[M, k]`: the inputs of fp32 `x` `[M, k]` that a part does not read."""
+    size = x.abs() if norms is None else x.abs() * norms[part]
+    return size <= thresholds[:, part, None]
 
 
 def _dense_rows(prepared: Columns, part: int, rows: slice) -> Tensor:
