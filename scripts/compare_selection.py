@@ -67,6 +67,8 @@ METHODS = DEFAULT | {
     "rsparse-greedy-searched": ({**_RSPARSE, **_GREEDY}, "evolution"),
     "teal-searched": ({}, "evolution"),
     "teal-fisher-searched": (_FISHER, "evolution"),
+    "topk": ({"threshold": "topk"}, None),
+    "topk-fisher": ({"threshold": "topk", **_FISHER}, None),
     "wina-fisher": ({"score": "l2", **_FISHER}, None),
     "rsparse-fisher": ({**_RSPARSE, **_FISHER}, None),
     "wina-greedy-searched": ({"score": "l2", **_GREEDY}, "evolution"),
