@@ -19,7 +19,7 @@ from ..serving.scheme import LinearScheme
 from ..serving.storage import pack_selection, selection_of
 from .blocks import BlockWalker
 from .passes.base import SelectionSettings, StageConfig
-from .passes.selection import centers_of, column_norms, scores, threshold_of
+from .passes.selection import column_norms, scores, threshold_of
 from .quantiles import QuantileSketch
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -116,16 +116,8 @@ def error_curves(
         for name, linear in linears.items()
     }
 
-    centers: dict[str, Tensor | None] = {}
-
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if name not in centers:  # of the first batch: enough to divide by
-                centers[name] = centers_of([x], selection_of_stage(stages[name]), x.dtype)
-            sketches[name].add(scores(x, norms[name], centers[name]))
-
-        return see
+        return lambda module, args: sketches[name].add(scores(args[0], norms[name]))
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     wanted = [run(x) for x in inputs]
@@ -135,7 +127,7 @@ def error_curves(
     for name, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
         for level, trial, scheme in without_branch(stages[name], shape, LEVELS):
-            chosen = threshold_of(sketches[name], norms[name], centers[name], trial, scheme, shape)
+            chosen = threshold_of(sketches[name], norms[name], trial, scheme, shape)
             linear.selection = selection_of(scheme, pack_selection(scheme, chosen))
             curves[name][level] = sum(token_errors(run(x), y) for x, y in zip(inputs, wanted, strict=True))
         linear.selection = None

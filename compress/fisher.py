@@ -34,7 +34,7 @@ from .passes.gqsa.masks import group_sums, spread_groups
 from .passes.hessian import revive_dead_inputs
 from .passes.least_squares import refit
 from .passes.masks import top_mask
-from .passes.selection import centers_of, column_norms, moved, scores
+from .passes.selection import column_norms, scores
 from .quantiles import QuantileSketch
 from .statistics import InputStatistics
 from .tuning.teacher import chunks
@@ -186,11 +186,9 @@ def _add_losses(
 ) -> None:
     """Add to the `curve` of a linear with `weight` `[N, K]` what the predictions lose for its inputs `x` `[tokens, K]`,
     of which more and more are not read, with the `gradient` `[tokens, N]` at its output."""
-    settings = selection_of_stage(stage)
-    x = moved(x, centers_of([x], settings, x.dtype))
     worth = (gradient @ weight).float() * x.float()  # of x_j: its part of g . y
     _require_finite(name, worth)
-    score = scores(x, column_norms(weight, settings.score))
+    score = scores(x, column_norms(weight, selection_of_stage(stage).score))
     sketch = QuantileSketch()
     sketch.add(score)
     shape = (weight.shape[0], weight.shape[1])

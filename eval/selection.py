@@ -70,7 +70,7 @@ class Reading:
 
     @property
     def fraction(self) -> float | None:
-        """Bytes read of the selecting linears, with what they are selected by and branches, over those of their weights
+        """Bytes read of the selecting linears, with thresholds, norms and branches, over the bytes of their weights
         alone, at one token at a time; None before a token was seen."""
         return self._read / self._whole if self._whole else None
 
@@ -126,8 +126,8 @@ def _weight_bytes(module: CompressedLinear) -> float:
 
 
 def _bytes_beside(module: CompressedLinear) -> float:
-    """Of threshold or count, norms, centers and branch."""
-    return _bytes(module, "thresholds", "counts", "norms", "centers", "V", "U")
+    """Of threshold or count, norms and branch."""
+    return _bytes(module, "thresholds", "counts", "norms", "V", "U")
 
 
 def _bytes(module: CompressedLinear, *names: str) -> float:

@@ -40,7 +40,6 @@ from halfweight.serving.sources import resolve_model
 _RSPARSE = {"score": "l1", "channels": 0.95, "branch": "weight"}
 _GREEDY = {"allocation": "greedy"}
 _FISHER = {"allocation": "fisher"}
-_CENTERED = {"center": "median"}
 
 # Method -> its selection, and how it searches.
 DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -55,9 +54,6 @@ DEFAULT: dict[str, tuple[dict[str, Any], str | None]] = {
     "teal-greedy-descent": (_GREEDY, "descent"),
     "teal-fisher": (_FISHER, None),
     "teal-fisher-descent": (_FISHER, "descent"),
-    "centered": (_CENTERED, None),
-    "centered-fisher": ({**_CENTERED, **_FISHER}, None),
-    "centered-fisher-descent": ({**_CENTERED, **_FISHER}, "descent"),
 }
 METHODS = DEFAULT | {
     "rsparse-tpe": (_RSPARSE, "tpe"),

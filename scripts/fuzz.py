@@ -62,7 +62,6 @@ STAGES: list[dict[str, Any]] = [
     {"pass": "keep", "selection": {"sparsity": 0.3, "threshold": "topk"}},
     {"pass": "keep", "selection": {"sparsity": 0.3, "threshold": "prompt"}},
     {"pass": "rtn", "group_size": 8, "along": "outputs", "selection": {"sparsity": 0.3, "channels": 0.2}},
-    {"pass": "rtn", "group_size": 8, "along": "outputs", "selection": {"sparsity": 0.3, "center": "median"}},
 ]
 WORDS = [b"-1", b"0", b"1e999", b"nan", b"null", b"true", b"[", b"{", b"}", b'"', b":", b"\x00", b"\xff\xfe", b"2:4"]
 WORDS += [b"1x16", b"9" * 30, b"../", b"!!python/object:os.system", b"&a [*a]", b"\n", b"\r\n", b"  ", b"- ", b"pass"]

@@ -124,8 +124,7 @@ class LowRankScheme(BaseModel):
 class SelectionScheme(BaseModel):
     """Which inputs of a token a linear reads: where `|x| > threshold`, or with `norms` where `|x| * norm > threshold`.
 
-    `norms` are one number per input, and so are `centers`: they are subtracted from x before, and an input that is not
-    read counts as its center. `threshold: fixed` is one per linear; `topk` is each token's own, so that it reads
+    `norms` are one number per input. `threshold: fixed` is one per linear; `topk` is each token's own, so that it reads
     as many inputs as any other: a count per linear. With `prompt` a prompt's tokens read everything, and those after
     it as many inputs as the count says, those that most of the prompt's tokens would choose (see `core_inputs.py`).
     """
@@ -134,16 +133,9 @@ class SelectionScheme(BaseModel):
 
     norms: bool = False
     threshold: Literal["fixed", "topk", "prompt"] = "fixed"
-    centers: bool = False
-
-    @model_validator(mode="after")
-    def _compatible(self) -> SelectionScheme:
-        if self.centers and self.threshold == "prompt":
-            raise ValueError("threshold: prompt gathers the inputs it reads, around no centers; remove one of the two")
-        return self
 
     def __str__(self) -> str:
-        inputs = f"inputs by |x{' - center' * self.centers}|{' norm' * self.norms}"
+        inputs = "inputs by |x| norm" if self.norms else "inputs by |x|"
         return {"fixed": inputs, "topk": f"top {inputs}", "prompt": f"core {inputs}"}[self.threshold]
 
 

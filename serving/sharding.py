@@ -5,8 +5,8 @@ metadata bytes, integers at whole groups and groups at their segments. Input-maj
 plain slicing and along N at whole groups; kept groups, which lie anywhere along N, are gathered.
 
 A low-rank branch that is cut along N keeps V whole and cuts U; along K the reverse, so that the summed outputs are
-right. A selection looks at each input alone: norms and centers are cut with the inputs, and every part has the
-threshold. A count is of all inputs, and is cut along N only.
+right. A selection looks at each input alone: norms are cut with the inputs, and every part has the threshold. A count
+is of all inputs, and is cut along N only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def along_rows(scheme: LinearScheme, name: str, tensor: Tensor, start: int, coun
 
 def rows_axis(scheme: LinearScheme, name: str) -> int | None:
     """The axis of the stored tensor called `name` that follows N, if any: 1 of W^T `[K, N-like, ...]`, else 0."""
-    if name in ("thresholds", "counts", "norms", "centers") or _of_branch(name, "V"):
+    if name in ("thresholds", "counts", "norms") or _of_branch(name, "V"):
         return None
     return int(scheme.input_major and not _of_branch(name, "U"))
 
@@ -149,7 +149,7 @@ def along_columns(scheme: LinearScheme, name: str, tensor: Tensor, rank: int, si
     """Part `rank` of `size` along K, of the stored tensor called `name`; `column_scheme` has said that it can be."""
     if size == 1 or name == "thresholds" or _of_branch(name, "U"):
         return tensor
-    # [N, K-like, ...], or [K, N-like, ...] of W^T; norms and centers are [1, K], V is [1, K, r] and V.codes [r, K-like]
+    # [N, K-like, ...], or [K, N-like, ...] of W^T; norms are [1, K], V is [1, K, r] and V.codes [r, K-like]
     axis = 0 if rows_axis(scheme, name) == 1 else 1
     count = tensor.shape[axis] // size
     return tensor.narrow(axis, rank * count, count)

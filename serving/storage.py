@@ -39,7 +39,6 @@ class Selection(NamedTuple):
 
     `v` `[K, rank]` and `u` `[N, rank]`, in the model's dtype: the branch for the inputs that are not read, if any.
     `inputs`, instead of a threshold: how many inputs each token reads, those with its, or its prompt's, largest scores.
-    `centers` `[K]`, in the model's dtype, are subtracted from x before, if any.
     """
 
     threshold: float | None
@@ -47,7 +46,6 @@ class Selection(NamedTuple):
     v: Tensor | None = None
     u: Tensor | None = None
     inputs: int | None = None
-    centers: Tensor | None = None
 
 
 class TensorSpec(NamedTuple):
@@ -271,8 +269,7 @@ def pack_selection(scheme: LinearScheme, selection: Selection) -> dict[str, Tens
     cut, number = selection.threshold, selection.inputs
     threshold = None if cut is None else to_bits(torch.tensor([cut], dtype=torch.float32))
     count = None if number is None else torch.tensor([number], dtype=torch.int32)
-    centers = None if selection.centers is None else selection.centers[None]
-    packed = InputSelection(threshold, norms, v, selection.u, count, centers)
+    packed = InputSelection(threshold, norms, v, selection.u, count)
     found = {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
     if set(found) != set(input_select.packed_shapes((1, 1), **_selection_settings(scheme))):
         raise FormatError(f"a selection of {', '.join(found)} is not one of {scheme.numbers}")
@@ -329,13 +326,7 @@ def _code_settings(scheme: LinearScheme, *without: str) -> dict[str, Any]:
 def _selection_settings(scheme: LinearScheme) -> dict[str, Any]:
     assert scheme.selection is not None  # callers have looked
     rank = 0 if scheme.low_rank is None else scheme.low_rank.rank
-    selection = scheme.selection
-    return {
-        "norms": selection.norms,
-        "rank": rank,
-        "topk": selection.threshold != "fixed",
-        "centers": selection.centers,
-    }
+    return {"norms": scheme.selection.norms, "rank": rank, "topk": scheme.selection.threshold != "fixed"}
 
 
 def _integers(scheme: LinearScheme) -> IntegerScheme:

@@ -48,18 +48,17 @@ _STORED = {
     "int8": LinearScheme(pattern="dense", density=1.0, integers=_OUTPUTS.model_copy(update={"bits": 8})),
     "groups": LinearScheme(pattern="8x1", density=0.375, integers=_OUTPUTS, kept=3),
 }
-# Every selected storage with and without norms or centers, with and without a branch.
+# Every selected storage with and without norms, with and without a branch.
 SELECTED = {
-    f"{name}{' norms' * norms}{' centers' * centers}{f' rank {rank}' * bool(rank)}": scheme.model_copy(
+    f"{name}{' norms' * norms}{f' rank {rank}' * bool(rank)}": scheme.model_copy(
         update={
-            "selection": SelectionScheme(norms=norms, centers=centers),
+            "selection": SelectionScheme(norms=norms),
             "low_rank": LowRankScheme(rank=rank) if rank else None,
         }
     )
     for name, scheme in _STORED.items()
-    for norms, centers in ((False, False), (True, False), (False, True), (True, True))
+    for norms in (False, True)
     for rank in (0, 5)
-    if not (norms and centers and name != "int4")
 }
 
 
@@ -69,7 +68,7 @@ TOPK = {
         update={"selection": SelectionScheme(norms=bool(scheme.low_rank), threshold="topk")}
     )
     for name, scheme in SELECTED.items()
-    if scheme.selection is not None and not scheme.selection.norms and not scheme.selection.centers
+    if scheme.selection is not None and not scheme.selection.norms
 }
 
 
@@ -124,7 +123,6 @@ def selected(scheme: LinearScheme, seed: int = 0) -> dict[str, Tensor]:
         torch.randn(K, rank, generator=generator) if rank else None,
         torch.randn(WIDE, rank, generator=generator) if rank else None,
         K // (2 + seed) if topk else None,
-        torch.randn(K, generator=generator) if scheme.selection.centers else None,
     )
     weight = torch.randn(WIDE, K, generator=generator)
     return pack_weight(weight, scheme, quantized, mask) | pack_selection(scheme, chosen)

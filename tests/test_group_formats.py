@@ -199,13 +199,9 @@ def test_layer_groups_have_no_leading_axes() -> None:
 
 def test_input_selection() -> None:
     packed = input_select.InputSelection(
-        to_bits(torch.tensor([0.0, 1.5])),
-        to_bits(torch.rand(2, 6)),
-        torch.zeros(2, 6, 3),
-        torch.zeros(5, 3),
-        centers=torch.zeros(2, 6),
+        to_bits(torch.tensor([0.0, 1.5])), to_bits(torch.rand(2, 6)), torch.zeros(2, 6, 3), torch.zeros(5, 3)
     )
-    options: dict[str, Any] = {"parts": 2, "norms": True, "rank": 3, "centers": True}
+    options: dict[str, Any] = {"parts": 2, "norms": True, "rank": 3}
     input_select.validate(packed, (5, 6), **options)
     for bad, message in (
         (poke(packed, "thresholds", 0, 0x7FC00000), "thresholds has an entry"),
@@ -214,10 +210,8 @@ def test_input_selection() -> None:
         (packed._replace(V=torch.zeros(1, 6, 3)), "V has shape"),
         (packed._replace(U=torch.zeros(5, 3, dtype=torch.int8)), "U must be floating"),
         (packed._replace(thresholds=torch.zeros(2)), "thresholds must be int32"),
-        (packed._replace(centers=torch.zeros(1, 6)), "centers has shape"),
-        (packed._replace(centers=torch.full((2, 6), torch.inf)), "centers has an entry that is not a finite number"),
     ):
         with pytest.raises(FormatError, match=message):
             input_select.validate(bad, (5, 6), **options)
     with pytest.raises(FormatError, match="V is not part"):
-        input_select.validate(packed, (5, 6), parts=2, norms=True, centers=True)
+        input_select.validate(packed, (5, 6), parts=2, norms=True)

@@ -174,8 +174,6 @@ def test_any_pass_may_select(stage: dict[str, Any], numbers: str, llama: Path, t
         {"threshold": "topk", "score": "l2", "channels": 0.8, "allocation": "greedy"},
         {"score": "gradient"},
         {"score": "gradient", "threshold": "topk", "channels": 0.8},
-        {"center": "median", "allocation": "greedy"},
-        {"center": "median", "score": "l2", "threshold": "topk", "channels": 0.8},
     ],
     ids=str,
 )
@@ -284,15 +282,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"pass": "keep", "selection": {"sparsity": 0.5, "score": "gradient", "allocation": "fisher"}},
         "allocation: fisher does not collect the gradients of score: gradient",
     ),
-    (
-        {"pass": "keep", "selection": {"sparsity": 0.5, "center": "median", "threshold": "prompt"}},
-        "center: median is not for threshold: prompt",
-    ),
-    (
-        {"pass": "keep", "selection": {"truncation": 0.1, "score": "l2", "center": "median"}},
-        "center: median is not for truncation",
-    ),
-    ({"pass": "keep", "selection": {"sparsity": 0.5, "center": "mean"}}, "selection.center"),
     ({"pass": "keep", "selection": {"sparsity": 0.99, "score": "l2"}}, "sparsity 0.99 leaves no bytes for inputs"),
     ({"pass": "keep", "selection": SELECTION, "low_rank": {}}, "low_rank: beside a selection, selection.channels says"),
     ({"pass": "rtn", "selection": SELECTION}, "a selection needs integers along outputs"),

@@ -30,7 +30,6 @@ from test_storage import K, N, module, packed
 
 CPU = torch.device("cpu")
 BY_SIZE, BY_NORM = SelectionScheme(), SelectionScheme(norms=True)
-AROUND, AROUND_BY_NORM = SelectionScheme(centers=True), SelectionScheme(norms=True, centers=True)
 TOP, TOP_BY_NORM = SelectionScheme(threshold="topk"), SelectionScheme(norms=True, threshold="topk")
 OUTPUTS = IntegerScheme(group_size=16, along="outputs")
 
@@ -43,10 +42,7 @@ SELECTED = {
     "8x1, branch": selecting(
         BY_SIZE, 7, pattern="8x1", density=2 / 3, kept=2, integers=IntegerScheme(group_size=8, along="outputs")
     ),
-    "16-bit, centers": selecting(AROUND),
-    "int4, norms, centers, branch": selecting(AROUND_BY_NORM, 3, integers=OUTPUTS),
     "16-bit, top-k": selecting(TOP),
-    "16-bit, top-k, centers": selecting(TOP.model_copy(update={"centers": True})),
     "16-bit, top-k, norms, branch": selecting(TOP_BY_NORM, 5),
     "int4, top-k, norms, branch": selecting(TOP_BY_NORM, 3, integers=OUTPUTS),
     "8x1, top-k": selecting(
@@ -84,16 +80,14 @@ def example(name: str) -> tuple[LinearScheme, dict[str, Tensor], Tensor]:
     assert chosen.selection is not None
     norms = torch.rand(K, generator=generator) + 0.5 if chosen.selection.norms else None
     topk = chosen.selection.threshold == "topk"
-    centers = torch.randn(K, generator=generator).bfloat16() if chosen.selection.centers else None
-    reading = Selection(None if topk else 0.6, norms, **branch, inputs=29 if topk else None, centers=centers)
+    reading = Selection(None if topk else 0.6, norms, **branch, inputs=29 if topk else None)
     return chosen, tensors | storage.pack_selection(chosen, reading), dense.double()
 
 
 def expected(x: Tensor, dense: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """The definition, token by token, in fp64."""
     rows = []
-    center = tensors["centers"][0].to(x.dtype) if "centers" in tensors else torch.zeros(K, dtype=x.dtype)
-    for token in x.reshape(-1, K) - center:
+    for token in x.reshape(-1, K):
         score = token.float().abs() * (from_bits(tensors["norms"])[0] if "norms" in tensors else torch.ones(K))
         if "counts" in tensors:
             last = score.sort(descending=True).values[int(tensors["counts"]) - 1]
@@ -103,7 +97,7 @@ def expected(x: Tensor, dense: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         y = dense[:, read] @ token.double()[read]
         if "V" in tensors:
             y += tensors["U"].double() @ (tensors["V"][0].double()[~read].T @ token.double()[~read])
-        rows.append(y + dense @ center.double())
+        rows.append(y)
     return torch.stack(rows).view(*x.shape[:-1], N)
 
 
@@ -219,7 +213,7 @@ def test_runs_on_the_kernels_and_says_so(name: str) -> None:
     (choice,) = warmup(model, (1, 9))
     assert choice == expect("0", chosen, (N, K), torch.float32, CPU)
     assert (choice.backend, choice.reason) == ("cpu", f"{chosen.op} kernels")
-    assert "inputs by |x" in choice.numbers
+    assert "inputs by |x|" in choice.numbers
 
 
 def test_a_kernel_that_reads_everything_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

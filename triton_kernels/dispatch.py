@@ -78,8 +78,6 @@ def expect(
 
 def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
     """Choose the implementation for inputs of `dtype` on the weight's device and bring the weight into its layout."""
-    if "centers" in weight.tensors:
-        return _centered(weight, dtype)
     possible, reason = can_run(weight.op, weight.shape, dtype, weight.device, weight.settings)
     if not possible:
         return reference(weight, reason)
@@ -103,21 +101,6 @@ def reference(weight: Weight, reason: str) -> Prepared:
 
     run_all = None if weight.selection is None else partial(weight.linear, masked=False)
     return Prepared("reference", reason, weight.linear, lambda: weight.tensors, rows, run_all)
-
-
-def _centered(weight: Weight, dtype: torch.dtype) -> Prepared:
-    """`prepare` for inputs selected around their centers: kernels get `x - center`, and its product as a bias."""
-    centers = weight.tensors["centers"]
-    inner = prepare(replace(weight, tensors={k: t for k, t in weight.tensors.items() if k != "centers"}), dtype)
-    if inner.backend == "reference":
-        return reference(weight, inner.reason)
-    center = centers[0].to(dtype)
-    product = weight.linear(center.float(), None, masked=False).to(dtype)
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return inner.run(x - center.to(x.dtype), product if bias is None else product + bias)
-
-    return replace(inner, run=run, restore=lambda: {**inner.restore(), "centers": centers})
 
 
 def verify(weight: Weight, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple[bool, str]:
@@ -165,8 +148,7 @@ def near_threshold(x: Tensor, selection: InputSelection | None) -> Tensor:
         return x
     score = x.abs() if selection.norms is None else x.abs() * from_bits(selection.norms)[0]
     scale = float(from_bits(selection.thresholds)[0] / score.median())
-    scaled = x * scale if 0 < scale < math.inf else x
-    return scaled if selection.centers is None else scaled + selection.centers[0].to(x.dtype)
+    return x * scale if 0 < scale < math.inf else x
 
 
 def _relative_rms(got: Tensor, want: Tensor) -> float:

@@ -55,16 +55,13 @@ class LinearBudget(BaseModel):
 
 class SelectionSettings(BaseModel):
     """Every token reads the inputs of a linear with the largest scores, so that it does not read the share `sparsity`
-    of the weight's bytes; thresholds, norms, centers and branch count as read.
+    of the weight's bytes; thresholds, norms and branch count as read.
 
     `score`: `size` (|x|), or times the norm of the input's weights, `l2` or `l1`, or times how much the input moves the
     block's output, by `gradient` (`sensitivity.py`). `threshold: fixed` is one per linear, so that tokens differ in how
     much they read; with `topk` all read equally many inputs; with `prompt` all tokens after a prompt read those that it
     chooses, and the prompt reads everything. `truncation`, in place of `sparsity` and with `l2`, is the relative error
     that leaving inputs out may cause in a linear's output (CETT); what is read follows from it.
-
-    With `center: median` an input that is not read counts as its median over the calibration, instead of as 0, and
-    scores are of its distance to that.
 
     `channels` is the share of the bytes read that goes to inputs; the rest goes to a low-rank branch for the inputs
     that are not read, the truncated SVD of the `weight` or fitted to the unread `inputs` of the calibration. With
@@ -80,7 +77,6 @@ class SelectionSettings(BaseModel):
     truncation: float | None = Field(default=None, gt=0, lt=1)
     score: Literal["size", "l2", "l1", "gradient"] = "size"
     threshold: Literal["fixed", "topk", "prompt"] = "fixed"
-    center: Literal["zero", "median"] = "zero"
     channels: float = Field(default=1.0, ge=0, le=1)
     branch: Literal["weight", "inputs"] = "inputs"
     allocation: Literal["uniform", "greedy", "fisher"] = "uniform"
@@ -109,9 +105,6 @@ class SelectionSettings(BaseModel):
                 raise ValueError(f"truncation finds one threshold per linear, not threshold: {self.threshold}")
             if self.channels < 1 or self.allocation != "uniform":
                 raise ValueError("truncation leaves no bytes to share; remove channels and allocation")
-        if self.center != "zero" and (self.threshold == "prompt" or self.truncation is not None):
-            other = "truncation" if self.truncation is not None else "threshold: prompt"
-            raise ValueError(f"center: {self.center} is not for {other}; remove one of the two")
         if self.score == "gradient" and self.allocation != "uniform":
             raise ValueError(
                 f"allocation: {self.allocation} does not collect the gradients of score: gradient; choose another"
@@ -132,28 +125,26 @@ class SelectionSettings(BaseModel):
     def split(self, shape: tuple[int, int], scheme: LinearScheme) -> Split:
         """Inputs and rank for a linear of `shape` `(N, K)`: the nearest whole rank, and inputs for what that leaves.
 
-        With a truncation the inputs are all there are. Raises ValueError when norms, centers and threshold alone are
-        more than may be read.
+        With a truncation the inputs are all there are. Raises ValueError when norms and threshold alone are more than
+        may be read.
         """
         total, beside = self.bits(shape, scheme)
         spent = (1 - self.sparsity) * total
         if spent < beside:
-            raise ValueError(
-                f"sparsity {self.sparsity:g} leaves no bytes for inputs beside their norms and centers; lower it"
-            )
+            raise ValueError(f"sparsity {self.sparsity:g} leaves no bytes for inputs beside their norms; lower it")
         rank_bits = 16 * sum(shape)
         rank = min(round((1 - self.channels) * spent / rank_bits), int((spent - beside) / rank_bits))
         return Split((spent - beside - rank * rank_bits) / total, rank)
 
     def bits(self, shape: tuple[int, int], scheme: LinearScheme) -> tuple[int, int]:
         """Bits of the weight of a linear of `shape` `(N, K)`, of which `1 - sparsity` are read, and of what is always
-        read of it: threshold, norms and centers."""
-        beside = 32 + 32 * shape[1] * (self.score != "size") + 16 * shape[1] * (self.center != "zero")
+        read of it: threshold and norms."""
+        beside = 32 + 32 * shape[1] * (self.score != "size")
         plain = self._beside(scheme, None)
         return stored_bits(plain, shape, torch.bfloat16) - beside, beside
 
     def _beside(self, weight: LinearScheme, branch: LowRankScheme | None) -> LinearScheme:
-        selection = SelectionScheme(norms=self.score != "size", threshold=self.threshold, centers=self.center != "zero")
+        selection = SelectionScheme(norms=self.score != "size", threshold=self.threshold)
         try:
             return LinearScheme(**{**dict(weight), "selection": selection, "low_rank": branch})
         except ValidationError as error:

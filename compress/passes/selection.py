@@ -8,10 +8,6 @@ form is the truncated SVD of the weight; fitted to `inputs` it is the one that l
 At a given sparsity of a linear, CETT (Sparsing Law, Luo et al. 2024, arXiv 2411.02335) reads what the L2 norm reads:
 its score is the size |x_i| * ||W[:, i]|| of a neuron's output, for an FFN's last linear. What differs is that linears
 get thresholds of the same truncation error instead of the same sparsity; `truncation` is that.
-
-Inputs that are far from 0 for most tokens can be left out around their median (`center: median`): what a linear does
-not read of them then counts as that, not as 0. Statistical calibration of activations does so around their mode (SCAP,
-Chua et al. 2024, arXiv 2412.07174).
 """
 
 from __future__ import annotations
@@ -34,7 +30,6 @@ from .base import SelectionSettings
 from .low_rank import fit_outputs, input_directions, largest_singular
 
 _TRUNCATED = 512  # tokens that truncation errors are measured on
-_CENTERED = 4096  # tokens that medians are of
 _BISECTIONS = 14  # of the share of inputs that is left out
 
 
@@ -50,20 +45,18 @@ def choose(
     """What a linear with `weight` `[N, K]` fp32 and calibration `inputs` `[..., K]` reads by, as `settings` say.
 
     The `inputs` are this process's share of them; a bound on truncation is met on the share of the process that leads.
-    Branch and centers are rounded to `dtype`. `sensitivity` `[K]`, of `input_sensitivities`, is what `score: gradient`
-    weighs by. Raises InputError where it is missing, HessianError where the inputs that are not read determine no
-    branch.
+    The branch is rounded to `dtype`. `sensitivity` `[K]`, of `input_sensitivities`, is what `score: gradient` weighs
+    by. Raises InputError where it is missing, HessianError where the inputs that are not read determine no branch.
     """
     norms = column_norms(weight, settings.score, sensitivity)
     if settings.truncation is not None:
         assert norms is not None  # such settings score by l2
         return Selection(truncation_threshold(weight, inputs, norms, settings.truncation), norms)
-    centers = centers_of(inputs, settings, dtype, world)
     sketch = QuantileSketch()
     for x in inputs:
-        sketch.add(scores(x, norms, centers))
+        sketch.add(scores(x, norms))
     sketch.share(world)
-    selection = threshold_of(sketch, norms, centers, settings, scheme, (weight.shape[0], weight.shape[1]))
+    selection = threshold_of(sketch, norms, settings, scheme, (weight.shape[0], weight.shape[1]))
     if scheme.low_rank is None:
         return selection
     v, u = _branch(weight, inputs, selection, settings, scheme.low_rank.rank, dtype, world)
@@ -73,38 +66,19 @@ def choose(
 def threshold_of(
     sketch: QuantileSketch,
     norms: Tensor | None,
-    centers: Tensor | None,
     settings: SelectionSettings,
     scheme: LinearScheme,
     shape: tuple[int, int],
 ) -> Selection:
     """The selection without a branch that reads, of inputs with the scores in `sketch`, the share `settings` allow."""
     if settings.threshold != "fixed":
-        count = max(1, round(settings.split(shape, scheme).inputs * shape[1]))
-        return Selection(None, norms, inputs=count, centers=centers)
-    return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms, centers=centers)
+        return Selection(None, norms, inputs=max(1, round(settings.split(shape, scheme).inputs * shape[1])))
+    return Selection(sketch.quantile(1 - settings.split(shape, scheme).inputs), norms)
 
 
-def centers_of(
-    inputs: Sequence[Tensor], settings: SelectionSettings, dtype: torch.dtype, world: World = ALONE
-) -> Tensor | None:
-    """What inputs that are not read count as, `[K]` in `dtype`: medians over some tokens of the `inputs` `[..., K]`,
-    those of the process that leads; None where `settings` say `zero`."""
-    if settings.center == "zero":
-        return None
-    rows = torch.cat([spread_rows(x, -(-_CENTERED // len(inputs))) for x in inputs])
-    median = rows.float().median(0).values.to(dtype)
-    return world.broadcast({"median": median}, 0, median.device)["median"]
-
-
-def moved(x: Tensor, centers: Tensor | None) -> Tensor:
-    """`x` `[..., K]` as it is read: less its `centers` `[K]`, if any."""
-    return x if centers is None else x - centers.to(x.dtype)
-
-
-def scores(x: Tensor, norms: Tensor | None, centers: Tensor | None = None) -> Tensor:
+def scores(x: Tensor, norms: Tensor | None) -> Tensor:
     """What is compared with the threshold, fp32 like `x` `[..., K]`."""
-    size = moved(x, centers).float().abs()
+    size = x.float().abs()
     return size if norms is None else size * norms
 
 
@@ -188,7 +162,7 @@ class UnreadInputs:
 
         def unread() -> Iterator[Tensor]:
             for x in inputs:
-                x = moved(x.reshape(-1, x.shape[-1]), selection.centers)
+                x = x.reshape(-1, x.shape[-1])
                 yield x.masked_fill(_read(scores(x, selection.norms), selection), 0)
 
         add_grams(self._total, unread, world)

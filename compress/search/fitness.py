@@ -30,7 +30,7 @@ from ..passes import StageConfig
 from ..passes.base import Split
 from ..passes.hessian import HessianError
 from ..passes.low_rank import largest_singular
-from ..passes.selection import UnreadInputs, centers_of, column_norms, moved, scores
+from ..passes.selection import UnreadInputs, column_norms, scores
 from ..quantiles import QuantileSketch
 from ..statistics import spread_rows
 from ..tuning.teacher import chunks, divergence, log_probabilities
@@ -144,10 +144,7 @@ class Fitness:
         inputs = member.split(member.start).inputs
 
         def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            centers = self._centers(name, args[0])
-            into.collect(
-                [args[0]], Selection(_threshold(moved(args[0], centers), norms, inputs), norms, centers=centers)
-            )
+            into.collect([args[0]], Selection(_threshold(args[0], norms, inputs), norms))
 
         return collect
 
@@ -172,18 +169,12 @@ class Fitness:
         share, rank = self._splits[name]
         norms, v, u = self._gathered[name]
         first = self._dense_tokens if x.ndim == 3 else 0  # where windows are flattened, all tokens select
-        centers = self._centers(name, x[..., first:, :])
-        far = moved(x, centers)
-        least = torch.tensor([_threshold(far[..., first:, :], norms, share)], device=x.device)
-        read = far.abs() > (least if norms is None else least / norms)
+        least = torch.tensor([_threshold(x[..., first:, :], norms, share)], device=x.device)
+        read = x.abs() > (least if norms is None else least / norms)
         read[..., :first, :] = True
-        kept = torch.where(read, x, 0 if centers is None else centers)
+        kept = torch.where(read, x, 0)
         y = nn.functional.linear(kept, linear.weight, linear.bias)
         return y if v is None or u is None or not rank else y + (x - kept) @ v[:, :rank] @ u[:, :rank].T
-
-    def _centers(self, name: str, x: Tensor) -> Tensor | None:
-        settings = self._space.members[name].settings
-        return centers_of([spread_rows(x, _ROWS)], settings, x.dtype) if x.numel() else None
 
 
 @contextmanager

@@ -8,9 +8,6 @@ A linear `[N, K]` made of P fused parts (1 in a checkpoint); its weight lies inp
 - `counts[P]`, int32, 1 to K, in place of the thresholds: of every token a part reads so many inputs, those with the
   largest scores. Inputs that tie with the last of them are read too; one that scores 0 never is.
 - `V[P, K, r]` and `U[N, r]`, optional, floating point: inputs a part does not read pass through `V U^T` instead.
-- `centers[P, K]`, optional, floating point, finite: an input that is not read counts as its center, not as 0. Scores
-  are those of `x - center` then, and that is what passes through `V U^T`. Kernels know no centers: dispatch subtracts
-  them from x and adds `center W^T`.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import FormatError
-from .bits import check_magnitudes, check_none, check_tensor
+from .bits import check_magnitudes, check_tensor
 
 
 class InputSelection(NamedTuple):
@@ -32,7 +29,6 @@ class InputSelection(NamedTuple):
     V: Tensor | None = None
     U: Tensor | None = None
     counts: Tensor | None = None
-    centers: Tensor | None = None
 
 
 def every_input(device: torch.device) -> InputSelection:
@@ -41,13 +37,7 @@ def every_input(device: torch.device) -> InputSelection:
 
 
 def packed_shapes(
-    shape: tuple[int, int],
-    *,
-    parts: int = 1,
-    norms: bool = False,
-    rank: int = 0,
-    topk: bool = False,
-    centers: bool = False,
+    shape: tuple[int, int], *, parts: int = 1, norms: bool = False, rank: int = 0, topk: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors for a weight of `shape` `(N, K)`; rank 0 has no branch, `topk` has counts."""
     if parts < 1 or rank < 0:
@@ -58,8 +48,6 @@ def packed_shapes(
         shapes["norms"] = (parts, k)
     if rank:
         shapes["V"], shapes["U"] = (parts, k, rank), (n, rank)
-    if centers:
-        shapes["centers"] = (parts, k)
     return shapes
 
 
@@ -71,10 +59,9 @@ def validate(
     norms: bool = False,
     rank: int = 0,
     topk: bool = False,
-    centers: bool = False,
 ) -> None:
     """Raise FormatError unless `packed` fits a weight of `shape` `(N, K)`."""
-    shapes = packed_shapes(shape, parts=parts, norms=norms, rank=rank, topk=topk, centers=centers)
+    shapes = packed_shapes(shape, parts=parts, norms=norms, rank=rank, topk=topk)
     for name, tensor in packed._asdict().items():
         if (tensor is not None) != (name in shapes):
             raise FormatError(f"{name} is {'missing' if tensor is None else 'not part of this scheme'}")
@@ -91,5 +78,3 @@ def validate(
             check_tensor(name, tensor, shapes[name], tensor.dtype)
             if not tensor.dtype.is_floating_point:
                 raise FormatError(f"{name} must be floating point, got {tensor.dtype}")
-            if name == "centers":
-                check_none(name, "not a finite number", ~tensor.isfinite())

@@ -25,9 +25,9 @@ def linear(
 ) -> Tensor:
     """`y = select(x) W^T + (x - select(x)) V U^T + bias`; a row of y depends on that row of x alone.
 
-    `select(x)` has 0 where an input is not read, or its center. `x[..., K]`, `weight[K, N]` (input-major), `parts`:
-    output sizes of the fused parts, by default one of N. Every product is formed in x's dtype. `masked=False` uses all
-    inputs, and so no branch: a dense prefill. `cuts`: see `selected`.
+    `x[..., K]`, `weight[K, N]` (input-major), `parts`: output sizes of the fused parts, by default one of N. Every
+    product is formed in x's dtype. `masked=False` uses all inputs, and so no branch: a dense prefill. `cuts`: see
+    `selected`.
     """
     x_ = x.reshape(-1, x.shape[-1])
     weight = weight.to(x.dtype)
@@ -37,10 +37,9 @@ def linear(
         blocks = []
         for part, columns in part_columns(parts or (weight.shape[1],)):
             used = selected(x_, selection, part, cuts)
-            unread = 0 if selection.centers is None else selection.centers[part].to(x.dtype)
-            block = torch.where(used, x_, unread) @ weight[:, columns]
+            block = torch.where(used, x_, 0) @ weight[:, columns]
             if selection.V is not None and selection.U is not None:
-                rest = torch.where(used, 0, x_ - unread) @ selection.V[part].to(x.dtype)
+                rest = torch.where(used, 0, x_) @ selection.V[part].to(x.dtype)
                 block = block + rest @ selection.U[columns].to(x.dtype).T
             blocks.append(block)
         y = torch.cat(blocks, dim=-1)
@@ -65,8 +64,7 @@ def selected(x: Tensor, selection: InputSelection, part: int, cuts: Tensor | Non
 
 def scores(x: Tensor, selection: InputSelection, part: int) -> Tensor:
     """fp32 `[M, K]`: what the inputs of `x[M, K]` are worth to fused part `part`."""
-    moved = x if selection.centers is None else x - selection.centers[part].to(x.dtype)
-    score = moved.float().abs()
+    score = x.float().abs()
     return score if selection.norms is None else score * from_bits(selection.norms)[part]
 
 
