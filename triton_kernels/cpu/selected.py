@@ -123,15 +123,17 @@ def token_thresholds(prepared: Columns, x: Tensor) -> Tensor:
 def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
     """Masked activations times dense blocks of rows of W^T, in fp32; or times a W^T of x's dtype as it is."""
     weight, (_, norms, V, U, _) = prepared.weight, prepared.selection
-    wide, thresholds = x.float(), token_thresholds(prepared, x)
+    thresholds = token_thresholds(prepared, x)
     dense = weight.tensors[0] if weight.decoder == "plain" else None
     if dense is not None and V is None and x.dtype == dense.dtype != torch.float16:  # fp16 is slow on most CPUs
+        everything = bool((thresholds < 0).all())
         blocks = [
-            x.masked_fill(_unread(wide, norms, thresholds, p), 0.0) @ dense[:, start:stop]
+            (x if everything else x.masked_fill(_unread(x.float(), norms, thresholds, p), 0.0)) @ dense[:, start:stop]
             for p, (start, stop, _, _) in enumerate(prepared.parts.tolist())
         ]
         y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         return y if bias is None else y + bias
+    wide = x.float()
     sums = wide.new_zeros(len(x), weight.padded)
     step = max(1, matmul.BLOCK_BYTES // (4 * max(1, weight.padded)))
     for p, (start, stop, _, _) in enumerate(prepared.parts.tolist()):
