@@ -41,10 +41,7 @@ from .tuning.teacher import chunks
 
 TOKENS = 8192  # of the calibration, at most
 LEVELS = tuple(number / 10 for number in range(1, 10))
-SELECTED_KNEE, PRUNED_KNEE = (
-    10.0,
-    1.0,
-)  # at 10, KL of selections on dev sets was less; prunings were measured at 1 alone
+SELECTED_KNEE, PRUNED_KNEE = 10.0, 1.0  # squared nats where terms stop to count in full; of prunings 1 alone was tried
 REFITS = 4  # steps of conjugate gradients that refit what is kept of a pruned weight
 _LOGITS = 2**22  # that exist at once, fp32
 
