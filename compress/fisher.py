@@ -9,7 +9,7 @@ losses add up.
 With `e_t = -W (x_t - select(x_t))`, or `e_t = (W' - W) x_t` for a pruned W', one backward pass prices every sparsity of
 every linear. It is taken at the dense model, whose predictions have no slope in KL; where much is left out already they
 have one, which this leaves out. The second order grows without bound, and a few tokens would decide alone. So the first
-of a window are left out, which read everything when models are scored, and terms count as `log(1 + term / knee)`.
+of a window are left out, which read everything when models are scored, and terms count as `log(1 + term)`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from .tuning.teacher import chunks
 
 TOKENS = 8192  # of the calibration, at most
 LEVELS = tuple(number / 10 for number in range(1, 10))
-SELECTED_KNEE, PRUNED_KNEE = 10.0, 1.0  # squared nats where terms stop to count in full; of prunings 1 alone was tried
 REFITS = 4  # steps of conjugate gradients that refit what is kept of a pruned weight
 _LOGITS = 2**22  # that exist at once, fp32
 
@@ -97,7 +96,7 @@ def prediction_curves(
     seed: int,
     say: Callable[[str], None],
 ) -> Curves:
-    """For each linear of `stages`: sparsity -> `sum_t log(1 + (g_t . e_t)^2 / knee)`, at tenths and at the stage's own.
+    """For each linear of `stages`: sparsity -> `sum_t log(1 + (g_t . e_t)^2)`, at tenths and at the stage's own.
 
     Arguments as for `allocate_by_fisher`.
     """
@@ -195,7 +194,7 @@ def _add_losses(
     shape = (weight.shape[0], weight.shape[1])
     for level, trial, scheme in without_branch(stage, shape, LEVELS):
         unread = score <= sketch.quantile(1 - trial.split(shape, scheme).inputs)
-        curve[level] = curve.get(level, 0.0) + _lost(torch.where(unread, worth, 0.0).sum(-1), SELECTED_KNEE)
+        curve[level] = curve.get(level, 0.0) + _lost(torch.where(unread, worth, 0.0).sum(-1))
 
 
 def pruning_losses(weight: Tensor, stage: StageConfig, x: Tensor, gradient: Tensor) -> dict[float, float]:
@@ -215,13 +214,13 @@ def pruning_losses(weight: Tensor, stage: StageConfig, x: Tensor, gradient: Tens
         mask = spread_groups(groups, stage.group, weight.shape[1])
         pruned = refit(dense * mask, dense, hessian.clone(), mask, stage.damping, REFITS)
         lost = x @ (pruned - dense).T.to(x.dtype)  # 16 bits are enough for a difference
-        curve[level] = _lost((lost * gradient).sum(-1, dtype=torch.float32), PRUNED_KNEE)
+        curve[level] = _lost((lost * gradient).sum(-1, dtype=torch.float32))
     return curve
 
 
-def _lost(slopes: Tensor, knee: float) -> float:
+def _lost(slopes: Tensor) -> float:
     """The loss by all tokens, of which each moves the log likelihood by its one of the `slopes` `[tokens]`."""
-    return float((slopes.square() / knee).log1p().sum())
+    return float(slopes.square().log1p().sum())
 
 
 def _require_finite(name: str, gradients: Tensor) -> None:
