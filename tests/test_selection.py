@@ -120,6 +120,16 @@ def test_a_token_reads_what_it_selects(name: str, backend: str, monkeypatch: pyt
     assert close(implementation.run_all(x, None), x.double() @ dense.T)
 
 
+def test_many_tokens_in_the_dtype_of_the_weights(name: str) -> None:
+    chosen, tensors, dense = example(name)
+    made, x = module(chosen, tensors).bfloat16(), torch.randn(40, K).bfloat16()
+    assert close(made(x), expected(x, dense, tensors), 1e-2)
+    implementation = made.implementation()
+    assert implementation is not None and implementation.backend == "cpu" and implementation.run_all is not None
+    bias = torch.randn(N).bfloat16()
+    assert close(implementation.run_all(x, bias), x.double() @ dense.T + bias.double(), 1e-2)
+
+
 def test_tokens_do_not_see_each_other(name: str) -> None:
     chosen, tensors, _ = example(name)
     made = module(chosen, tensors).float()

@@ -121,18 +121,12 @@ def token_thresholds(prepared: Columns, x: Tensor) -> Tensor:
 
 
 def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Masked activations times dense blocks of rows of W^T, in fp32; or times a W^T of x's dtype as it is."""
+    """Masked activations times dense blocks of rows of W^T, in fp32; or times a W^T of x's dtype as it is stored."""
     weight, (_, norms, V, U, _) = prepared.weight, prepared.selection
     thresholds = token_thresholds(prepared, x)
-    dense = weight.tensors[0] if weight.decoder == "plain" else None
-    if dense is not None and V is None and x.dtype == dense.dtype != torch.float16:  # fp16 is slow on most CPUs
-        everything = bool((thresholds < 0).all())
-        blocks = [
-            (x if everything else x.masked_fill(_unread(x.float(), norms, thresholds, p), 0.0)) @ dense[:, start:stop]
-            for p, (start, stop, _, _) in enumerate(prepared.parts.tolist())
-        ]
-        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-        return y if bias is None else y + bias
+    stored = weight.tensors[0] if weight.decoder == "plain" else None
+    if stored is not None and V is None and x.dtype == stored.dtype != torch.float16:  # fp16 is slow on most CPUs
+        return _stored_linear(prepared, stored, x, thresholds, bias)
     wide = x.float()
     sums = wide.new_zeros(len(x), weight.padded)
     step = max(1, matmul.BLOCK_BYTES // (4 * max(1, weight.padded)))
@@ -147,6 +141,17 @@ def _dense_linear(prepared: Columns, x: Tensor, bias: Tensor | None) -> Tensor:
             sums[:, start:stop].addmm_(rest @ V[p].float(), U[:, start:stop].float())
     y = sums[:, output_columns(prepared.parts, weight.span, weight.stride)]
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _stored_linear(prepared: Columns, stored: Tensor, x: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+    """Masked activations times `stored`, W^T `[k, columns]`; no score is below a negative threshold, nor masked."""
+    everything, norms = bool((thresholds < 0).all()), prepared.selection.norms
+    blocks = [
+        (x if everything else x.masked_fill(_unread(x.float(), norms, thresholds, p), 0.0)) @ stored[:, start:stop]
+        for p, (start, stop, _, _) in enumerate(prepared.parts.tolist())
+    ]
+    y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return y if bias is None else y + bias
 
 
 def _unread(x: Tensor, norms: Tensor | None, thresholds: Tensor, part: int) -> Tensor:
