@@ -26,8 +26,8 @@ class Perplexity(BaseModel):
     `bos` says whether the first token of every window was replaced by BOS; `standard_error` is of the perplexity, from
     the spread of the windows' mean losses (None for one window); `seconds` excludes loading. Where linears select their
     inputs, the last share `sparse_tokens` of a window's tokens do, and read `bytes_read_fraction` (see `Reading`) of
-    those linears each; both are None for other models. `prompt_tokens` at the start of every window, if any, read every
-    input and were not scored.
+    those linears each, which is `bits_read` per weight; all three are None for other models. `prompt_tokens` at the
+    start of every window, if any, read every input and were not scored.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Perplexity(BaseModel):
     seconds: float
     sparse_tokens: float | None = None
     bytes_read_fraction: float | None = None
+    bits_read: float | None = None
     prompt_tokens: int | None = None
 
 
@@ -153,6 +154,7 @@ def evaluate(
         seconds=time.monotonic() - begin,
         sparse_tokens=None if reading.fraction is None else 1 - dense_tokens / seqlen,
         bytes_read_fraction=reading.fraction,
+        bits_read=reading.bits,
         prompt_tokens=prompt_tokens,
     )
 

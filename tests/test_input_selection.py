@@ -239,8 +239,9 @@ def test_scoring_says_what_was_selected(selected: Path, llama: Path, text_file: 
     result = evaluate(selected, text_file, windows=2, seqlen=100)
     assert result.sparse_tokens == 0.99
     assert result.bytes_read_fraction is not None and abs(result.bytes_read_fraction - 0.6) < 0.1
+    assert result.bits_read == pytest.approx(16 * result.bytes_read_fraction)  # of 16-bit weights
     dense = evaluate(llama, text_file, windows=2, seqlen=100)
-    assert (dense.sparse_tokens, dense.bytes_read_fraction) == (None, None)
+    assert (dense.sparse_tokens, dense.bytes_read_fraction, dense.bits_read) == (None, None, None)
     every = evaluate(selected, text_file, windows=2, seqlen=100, sparse_tokens=0.0)
     assert every.perplexity == pytest.approx(dense.perplexity, rel=1e-5) and every.bytes_read_fraction is None
     assert result.perplexity != pytest.approx(dense.perplexity, rel=1e-4)

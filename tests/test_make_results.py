@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands import load_script
+from halfweight import Recipe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -24,21 +25,73 @@ def scored(perplexity: float) -> str:
     return json.dumps(fields)
 
 
+def copied(artifact: Path, to: Path, perplexity: float) -> Path:
+    folder = Path(shutil.copytree(artifact, to))
+    (folder / "eval.json").write_text(scored(perplexity), encoding="utf-8")
+    return folder
+
+
 def test_results_come_from_the_runs_alone(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(shutil.copytree(artifact, tmp_path / "run"))
-    (folder / "eval.json").write_text(scored(33.25), encoding="utf-8")
+    folder = copied(artifact, tmp_path / "run", 33.25)
     dense = tmp_path / "dense.json"
     dense.write_text(scored(22.5), encoding="utf-8")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     name = f"{Path(report['model']).name}=Tiny Llama"
     run(monkeypatch, folder, "--name", name, "--dense", f"Tiny Llama={dense}", "--out", tmp_path / "results")
     files = {file.name: file.read_text(encoding="utf-8") for file in (tmp_path / "results").iterdir()}
-    assert set(files) == {"README.md", "results.json", "Tiny-Llama.svg"}
-    cells = next(line for line in files["README.md"].splitlines() if line.startswith("| small")).split("|")
-    assert [cell.strip() for cell in cells[2:3] + cells[7:8]] == [f"{report['effective_bits']:.2f}", "33.25"]
+    assert set(files) == {"README.md", "results.json", "Tiny-Llama-weights.svg"}
+    cells = dict(zip(*(cells_of(files["README.md"], start) for start in ("| recipe", "| small")), strict=True))
+    assert (cells["bits"], cells["test ppl"]) == (f"{report['effective_bits']:.2f}", "33.25")
+    assert cells["text tokens"] == str(report["calibration_tokens"])
     assert "Dense test perplexity: 22.50." in files["README.md"]
-    assert "test perplexity" in "".join(ElementTree.fromstring(files["Tiny-Llama.svg"]).itertext())
+    assert "test perplexity" in "".join(ElementTree.fromstring(files["Tiny-Llama-weights.svg"]).itertext())
     assert not any(str(tmp_path) in text or "/somewhere" in text for text in files.values())
+
+
+def cells_of(page: str, start: str) -> list[str]:
+    line = next(line for line in page.splitlines() if line.startswith(start))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_earlier_runs_are_remembered_and_replaced(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+
+    def found(*folders: Path) -> dict[str, float]:
+        run(monkeypatch, *folders, "--out", out)
+        rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
+        return {row["recipe"]: row["test"]["perplexity"] for row in rows}
+
+    first, second, again = (copied(artifact, tmp_path / str(i), ppl) for i, ppl in enumerate((40.0, 50.0, 35.0)))
+    recipe = second / "recipe.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("name: small", "name: other"), encoding="utf-8")
+    assert found(first) == {"small": 40.0}
+    assert found(second) == {"small": 40.0, "other": 50.0}
+    assert found(again) == {"small": 35.0, "other": 50.0}
+    page = (out / "README.md").read_bytes()
+    assert found() == {"small": 35.0, "other": 50.0} and (out / "README.md").read_bytes() == page
+    with pytest.raises(SystemExit, match=r"error: no runs given, and .*results\.json remembers none"):
+        run(monkeypatch, "--out", tmp_path / "nothing")
+
+
+def test_what_flags_change_is_part_of_the_name() -> None:
+    name, best = load_script("make_results").full_name, Recipe.load("w4-g64-best")
+    assert name(best.with_calibration(samples=8)) == "w4-g64-best"
+    assert name(best.with_tuning("block")) == "w4-g64-best, no tuning.end_to_end"
+    assert name(best.with_tuning(samples=160, end_to_end_epochs=2).with_embeddings(8)) == (
+        "w4-g64-best, embeddings, tuning.samples=160, tuning.end_to_end.epochs=2"
+    )
+    (stage,) = best.stages
+    half = best.model_copy(update={"stages": (stage.model_copy(update={"group_size": 32}),)})
+    assert name(half) == "w4-g64-best, stages.0.group_size=32"
+
+
+def test_what_is_read_counts_where_tokens_select() -> None:
+    script = load_script("make_results")
+    row = {"model": "m", "recipe": "r", "effective_bits": 16.0}
+    assert script.bits(row) == 16 and not script.selects(row)
+    assert script.bits({**row, "test": {"bits_read": 8.5}}) == 8.5
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,12 @@ class Searched(_File):
     chosen: int = Field(ge=0)
 
 
+class Origin(_File):
+    """What a run was made with."""
+
+    threads: int
+
+
 class Run(_File):
     """report.json."""
 
@@ -106,6 +112,7 @@ class Run(_File):
     versions: dict[str, str]
     searched: Searched | None = None
     search: list[SearchStep] = []
+    provenance: Origin | None = None
 
 
 class Scored(_File):
@@ -117,6 +124,7 @@ class Scored(_File):
     standard_error: float | None = None
     tokens: int
     seqlen: int
+    bits_read: float | None = None
 
 
 class RivalRow(_File):
