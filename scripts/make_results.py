@@ -5,24 +5,29 @@
 A run is an artifact folder of `halfweight compress`. Its report.json and recipe.yaml are always used; beside them
 eval.json (`halfweight eval RUN --text wikitext2-test.txt --json RUN/eval.json`) and bench.json (`halfweight bench RUN
 --json RUN/bench.json`) are used where they are. --name gives the last part of a model's path a name to print; --dense
-gives a named model's own eval.json. Nothing is measured here.
+gives a named model's own eval.json; --rivals takes a compare.json of scripts/compare_llmcompressor.py, whose other
+tools are drawn beside the runs. Nothing is measured here.
 
-results.json remembers earlier runs, since all recipes together take days: a run replaces the one of the same model,
-recipe and seed, and every other row stays. Without runs, the table and the pictures are made of what is remembered.
+results.json remembers earlier runs, since all recipes together take hours: a run replaces the one of the same model,
+recipe, flags and seed, and every other row stays. Without runs, the page is made of what is remembered.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import textalloc
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 from halfweight.compress.recipe import Recipe, named_recipes
-from halfweight.eval.report import charts
-from halfweight.eval.report.charts import Point
-from halfweight.eval.report.facts import Run, Scored, parse
+from halfweight.eval.report.facts import Rivals, Run, Scored, parse
 from halfweight.eval.report.page import escape_markdown
 from halfweight.eval.report.parts import duration, size
 from halfweight.eval.report.speed_section import smallest_batch
@@ -32,7 +37,6 @@ from halfweight.serving.durable import write_text
 from halfweight.serving.errors import HalfweightError, InputError
 
 RESULTS = "results.json"
-STYLE = Path(charts.__file__).parent / "templates" / "page.css"
 HEADERS = (
     *("recipe", "text tokens", "bits", "bits read", "bits, whole model", "on disk", "dev ppl", "dev ppl, dense"),
     *("test ppl", "worst error"),
@@ -40,6 +44,7 @@ HEADERS = (
 )
 
 Row = dict[str, Any]
+Rival = dict[str, Any]
 
 
 def main() -> None:
@@ -47,22 +52,39 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="artifact folders")
     parser.add_argument("--name", nargs="*", default=[], metavar="MODEL=NAME")
     parser.add_argument("--dense", nargs="*", default=[], metavar="NAME=EVAL.JSON")
+    parser.add_argument("--rivals", type=Path, metavar="COMPARE.JSON", help="its models are those that --name gives")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "results")
     args = parser.parse_args()
     try:
         names = pairs("--name", args.name)
         dense = {name: parse(Scored, Path(file)).perplexity for name, file in pairs("--dense", args.dense).items()}
         rows = [read_run(folder, names) for folder in args.runs]
-        known = read_json(args.out / RESULTS) if (args.out / RESULTS).is_file() else {"dense": {}, "rows": []}
+        rivals = [] if args.rivals is None else read_rivals(args.rivals, names)
+        known = read_json(args.out / RESULTS) if (args.out / RESULTS).is_file() else {}
     except HalfweightError as error:
         raise SystemExit(f"error: {error}") from None
-    merged = {identity(row): row for row in (*known["rows"], *rows)}
-    if not merged:
+    found = {
+        "dense": {**known.get("dense", {}), **dense},
+        "rivals": merge(known.get("rivals", []), rivals, lambda rival: (rival["model"], rival["label"])),
+        "rows": merge(known.get("rows", []), rows, identity),
+    }
+    if not found["rows"]:
         raise SystemExit(f"error: no runs given, and {args.out / RESULTS} remembers none")
     args.out.mkdir(parents=True, exist_ok=True)
-    for file, text in make_files([merged[key] for key in sorted(merged)], {**known["dense"], **dense}).items():
+    for file, text in make_files(**found).items():
         write_text(args.out / file, text)
         print(args.out / file)
+
+
+def merge(known: Sequence[Row], new: Sequence[Row], identity: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
+    """Both, sorted by `identity`; of those with the same one the last."""
+    merged = {str(identity(row)): row for row in (*known, *new)}
+    return sorted(merged.values(), key=identity)
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What two rows share when one of them is the other measured again."""
+    return row["model"], row["recipe"], row["changes"], row["seed"]
 
 
 def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:
@@ -72,20 +94,14 @@ def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values)
 
 
-def identity(row: Row) -> tuple[str, str, int]:
-    """What two rows share when one of them is the other measured again."""
-    return row["model"], row["recipe"], row["calibration"]["seed"]
-
-
-def full_name(recipe: Recipe) -> str:
-    """The recipe's name and what differs from the shipped one, such as `w4-g64-best, no tuning.end_to_end`; what it was
-    calibrated on is left out."""
+def by_flags(recipe: Recipe) -> list[str]:
+    """What flags made of a shipped recipe, such as `no tuning.end_to_end`; what it was calibrated on is left out."""
     if recipe.name not in named_recipes():
-        return recipe.name
+        return []
     own, shipped = (
         one.model_dump(exclude={"calibration", "description"}) for one in (recipe, Recipe.load(recipe.name))
     )
-    return ", ".join([recipe.name, *changes(own, shipped)])
+    return changes(own, shipped)
 
 
 def changes(own: Any, shipped: Any, path: str = "") -> list[str]:
@@ -115,7 +131,8 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
     speed = parse(Speed, folder / "bench.json") if (folder / "bench.json").is_file() else None
     row: Row = {
         "model": names.get(Path(run.model).name, Path(run.model).name),
-        "recipe": full_name(recipe),
+        "recipe": recipe.name,
+        "changes": by_flags(recipe),
         "text_tokens": text_tokens(recipe),
         "tuned": None if recipe.tuning is None else recipe.tuning.model_dump(mode="json"),
         "effective_bits": run.effective_bits,
@@ -126,7 +143,8 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
         "seconds": run.seconds,
         "peak_rss_gb": run.peak_rss_gb,
         "threads": None if run.provenance is None else run.provenance.threads,
-        "calibration": {"data": Path(run.calibration_data).name, "tokens": run.calibration_tokens, "seed": run.seed},
+        "seed": run.seed,
+        "calibration": {"data": Path(run.calibration_data).name, "tokens": run.calibration_tokens},
         "versions": run.versions,
     }
     if scored is not None:
@@ -145,17 +163,35 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
     return row
 
 
-def make_files(rows: Sequence[Row], dense: dict[str, float]) -> dict[str, str]:
+def read_rivals(file: Path, names: dict[str, str]) -> list[Rival]:
+    """What other tools reach in a comparison."""
+    return [
+        {
+            "model": names.get(row.model, row.model),
+            "label": row.label,
+            "bits": row.stored_bits,
+            "perplexity": row.perplexity,
+        }
+        for row in parse(Rivals, file).rows
+        if row.tool not in ("dense", "halfweight")
+    ]
+
+
+def make_files(rows: Sequence[Row], dense: dict[str, float], rivals: Sequence[Rival]) -> dict[str, str]:
     """File name -> content; `dense` are test perplexities of the models by name."""
-    files = {RESULTS: json.dumps({"dense": dense, "rows": rows}, indent=1, sort_keys=True) + "\n"}
+    everything = {"dense": dense, "rivals": rivals, "rows": rows}
+    files = {RESULTS: json.dumps(everything, indent=1, sort_keys=True) + "\n"}
     parts = [f"# Results\n\nMade by `scripts/make_results.py`. {PROTOCOL}\n"]
     for model in sorted({row["model"] for row in rows}):
-        found = sorted((row for row in rows if row["model"] == model), key=lambda row: (-bits(row), row["recipe"]))
+        found = sorted(
+            (row for row in rows if row["model"] == model), key=lambda row: (-bits(row), row["recipe"], row["changes"])
+        )
         parts.append(f"## {escape_markdown(model)}\n")
         for kind, chosen in PICTURES.items():
-            if drawn := [row for row in found if chosen(row)]:
+            if drawn := [row for row in found if chosen(row) and not row["changes"]]:
                 picture = f"{''.join(c if c.isalnum() or c in '-.' else '-' for c in model)}-{kind}.svg"
-                files[picture] = draw(drawn, dense.get(model))
+                beside = [rival for rival in rivals if rival["model"] == model and kind == "weights"]
+                files[picture] = draw(drawn, dense.get(model), beside)
                 parts.append(f"![{escape_markdown(model)}, {kind}]({picture})\n")
         parts += [f"Dense test perplexity: {dense[model]:.2f}.\n"] if model in dense else []
         parts.append(table(found))
@@ -195,7 +231,7 @@ def table(rows: Sequence[Row]) -> str:
         speed, test = row.get("speed"), row.get("test")
         lines.append(
             [
-                escape_markdown(row["recipe"]),
+                escape_markdown(", ".join([row["recipe"], *row["changes"]])),
                 str(row["text_tokens"]),
                 f"{row['effective_bits']:.2f}",
                 f"{bits(row):.2f}" if selects(row) else "",
@@ -217,27 +253,59 @@ def table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def draw(rows: Sequence[Row], dense: float | None) -> str:
-    """Perplexity against bits, on the test text where every run has one, else on the dev set, as an SVG file."""
+def draw(rows: Sequence[Row], dense: float | None, rivals: Sequence[Rival]) -> str:
+    """Perplexity against bits, on the test text where every run has one, else on the dev set, as an SVG file.
+
+    `rivals` are drawn beside runs that have a test perplexity, which is what theirs are. A line joins the recipes that
+    no other beats at as few bits.
+    """
     tested = dense is not None and all("test" in row for row in rows)
     level = dense if tested and dense is not None else rows[0]["dev"]["dense"]
-    points = [
-        Point(
-            bits(row),
-            row["test"]["perplexity"] if tested else row["dev"]["compressed"],
-            row["recipe"],
-            0 if row["tuned"] is None else 2,
-        )
+    own = [
+        (bits(row), row["test"]["perplexity"] if tested else row["dev"]["compressed"], row["recipe"], row["tuned"])
         for row in rows
     ]
-    x_title = "bits read per decoder weight" if selects(rows[0]) else "bits stored per decoder weight"
-    y_title = "test perplexity" if tested else "dev perplexity"
-    colours = {0: "in one shot", 2: "tuned"} if any(point.series for point in points) else None
-    svg = str(charts.scatter(points, x_title, y_title, (level, f"dense, {level:.2f}"), colours))
-    head, rest = svg.split(">", 1)
-    ground = '<rect width="100%" height="100%" fill="var(--card)"/>'
-    style = STYLE.read_text(encoding="utf-8")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{ground}{rest}\n'
+    kinds = {
+        ("in one shot", "C0", "o"): [point[:3] for point in own if point[3] is None],
+        ("tuned", "C2", "o"): [point[:3] for point in own if point[3] is not None],
+        ("other tools", "0.5", "s"): [(r["bits"], r["perplexity"], r["label"]) for r in rivals if tested],
+    }
+    points = [point for kind in kinds.values() for point in kind]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.axhline(level, linestyle="--", color="0.5", linewidth=1)
+    axes.annotate(
+        f"dense, {level:.2f}", (0.01, level), xycoords=("axes fraction", "data"), va="bottom", color="0.4", fontsize=9
+    )
+    axes.plot(*zip(*front([point[:2] for point in own]), strict=True), color="0.85", linewidth=4, zorder=0)
+    for (kind, color, marker), drawn in kinds.items():
+        if drawn:
+            x, y, _ = zip(*drawn, strict=True)
+            axes.plot(x, y, marker, color=color, markersize=6, markeredgecolor="white", label=kind)
+    axes.set_xlim(0, 1.08 * max(point[0] for point in points))
+    axes.set_xlabel("bits read per decoder weight" if selects(rows[0]) else "bits stored per decoder weight")
+    axes.set_ylabel("test perplexity" if tested else "dev perplexity")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.draw_without_rendering()  # the labels' places depend on the layout
+    x, y, names = ([*column] for column in zip(*points, strict=True))
+    textalloc.allocate(axes, x, y, names, x_scatter=x, y_scatter=y, textsize=9, linecolor="0.6", linewidth=0.7)
+    with io.BytesIO() as file, rc_context({"svg.hashsalt": "halfweight"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue().decode()
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (bits, perplexity) that have a lower perplexity than all with as few bits, by bits."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 if __name__ == "__main__":

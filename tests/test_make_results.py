@@ -44,7 +44,7 @@ def test_results_come_from_the_runs_alone(artifact: Path, tmp_path: Path, monkey
     assert (cells["bits"], cells["test ppl"]) == (f"{report['effective_bits']:.2f}", "33.25")
     assert cells["text tokens"] == str(report["calibration_tokens"])
     assert "Dense test perplexity: 22.50." in files["README.md"]
-    assert "test perplexity" in "".join(ElementTree.fromstring(files["Tiny-Llama-weights.svg"]).itertext())
+    assert ElementTree.fromstring(files["Tiny-Llama-weights.svg"]).tag.endswith("svg")
     assert not any(str(tmp_path) in text or "/somewhere" in text for text in files.values())
 
 
@@ -75,16 +75,37 @@ def test_earlier_runs_are_remembered_and_replaced(
         run(monkeypatch, "--out", tmp_path / "nothing")
 
 
-def test_what_flags_change_is_part_of_the_name() -> None:
-    name, best = load_script("make_results").full_name, Recipe.load("w4-g64-best")
-    assert name(best.with_calibration(samples=8)) == "w4-g64-best"
-    assert name(best.with_tuning("block")) == "w4-g64-best, no tuning.end_to_end"
-    assert name(best.with_tuning(samples=160, end_to_end_epochs=2).with_embeddings(8)) == (
-        "w4-g64-best, embeddings, tuning.samples=160, tuning.end_to_end.epochs=2"
-    )
+def test_other_tools_are_drawn_beside_the_runs(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(artifact, tmp_path / "run", 33.25)
+    dense, compared, out = (tmp_path / name for name in ("dense.json", "compare.json", "results"))
+    dense.write_text(scored(22.5), encoding="utf-8")
+    rows = [{"model": "tiny", "tool": tool, "method": "2:4", "perplexity": 50.0} for tool in ("halfweight", "peer")]
+    compared.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    names = (f"{Path(json.loads((folder / 'report.json').read_text())['model']).name}=Tiny", "tiny=Tiny")
+    run(monkeypatch, folder, "--name", *names, "--dense", f"Tiny={dense}", "--rivals", compared, "--out", out)
+    (rival,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["rivals"]
+    assert rival == {"model": "Tiny", "label": "peer 2:4", "bits": 16.0, "perplexity": 50.0}
+    picture = (out / "Tiny-weights.svg").read_bytes()
+    run(monkeypatch, "--out", out)  # remembered, and drawn to the same bytes
+    assert (out / "Tiny-weights.svg").read_bytes() == picture
+
+
+def test_the_front_is_of_those_that_nothing_beats() -> None:
+    front = load_script("make_results").front
+    assert front([(4, 30), (3, 80), (9, 50), (4, 25), (16, 22), (3, 90)]) == [(3, 80), (4, 25), (16, 22)]
+
+
+def test_what_flags_change_is_said() -> None:
+    changed, best = load_script("make_results").by_flags, Recipe.load("w4-g64-best")
+    assert changed(best.with_calibration(samples=8)) == []
+    assert changed(best.with_tuning("block")) == ["no tuning.end_to_end"]
+    assert changed(best.with_tuning(samples=160, end_to_end_epochs=2).with_embeddings(8)) == [
+        *("embeddings", "tuning.samples=160", "tuning.end_to_end.epochs=2")
+    ]
     (stage,) = best.stages
     half = best.model_copy(update={"stages": (stage.model_copy(update={"group_size": 32}),)})
-    assert name(half) == "w4-g64-best, stages.0.group_size=32"
+    assert changed(half) == ["stages.0.group_size=32"]
+    assert changed(best.model_copy(update={"name": "mine"}).with_tuning("block")) == []
 
 
 def test_what_is_read_counts_where_tokens_select() -> None:
