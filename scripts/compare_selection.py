@@ -10,13 +10,15 @@ of them can be asked for (--teal-levels). `agrees` is the share of greedy tokens
 first that is not, in continuations of the text that is scored. `random` is the control of a search: as many trials,
 spread evenly. Searches and thresholds see --calibration alone; all but the first 1 % of a window's tokens select.
 
-Each finished cell is a small JSON file in --out, its checkpoint is deleted (--keep keeps it), and the same command goes
-on where it stopped, also within a cell; --report-only makes the table of the finished cells.
+Every finished cell is in --out's results.json, and the table of all of them in its README.md; a cell's checkpoint is
+deleted (--keep keeps it), and the same command goes on where it stopped, also within a cell. --report-only makes the
+table of the finished cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import shutil
@@ -71,6 +73,7 @@ METHODS = DEFAULT | {
 }
 PROMPT, NEW = 64, 64  # tokens of the prompts, and of what models make of them
 BASELINE, EQUAL = "teal", 0.01
+RESULTS, TABLE = "results.json", "README.md"
 
 Cell = dict[str, Any]
 console = Console()
@@ -101,10 +104,7 @@ def recipe_of(method: str, level: float, settings: Mapping[str, Any]) -> Recipe:
 def run_cell(
     model: str, dense: Cell, method: str, level: float, settings: Mapping[str, Any], out: Path, keep: bool
 ) -> Cell:
-    """Compress and score one cell, or take it from its file."""
-    file = out / f"{method}-{level:g}.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+    """Compress and score one cell."""
     artifact = out / f"{method}-{level:g}"
     console.print(f"{method} at {level:g} %", highlight=False)
     with progress_bars() as progress:
@@ -118,7 +118,9 @@ def run_cell(
         )
     score = scored(artifact, settings)
     shared = shared_tokens(dense["continuations"], score.pop("continuations"))
-    cell = {
+    if not keep:
+        shutil.rmtree(artifact)
+    return {
         "method": method,
         "level": level,
         **score,
@@ -127,18 +129,6 @@ def run_cell(
         "seconds": report.seconds,
         "search": [trial.objective for trial in report.search],
     }
-    write_text(file, json.dumps(cell, indent=2) + "\n")
-    if not keep:
-        shutil.rmtree(artifact)
-    return cell
-
-
-def dense_cell(model: str, settings: Mapping[str, Any], out: Path) -> Cell:
-    """The dense model's score, or what its file says."""
-    file = out / "dense.json"
-    if not file.is_file():
-        write_text(file, json.dumps(scored(model, settings), indent=2) + "\n")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def scored(folder: str | Path, settings: Mapping[str, Any]) -> Cell:
@@ -177,7 +167,7 @@ def with_shares(cells: Sequence[Cell], dense: Cell) -> list[Cell]:
     return [{**cell, "share": share(cell)} for cell in cells]
 
 
-def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> None:
+def table(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Table:
     """One table, in Markdown."""
     about = (
         f"dense perplexity {dense['perplexity']:.3f}, {settings['windows'] or 'all'} windows of {settings['seqlen']}"
@@ -196,16 +186,29 @@ def show(cells: Sequence[Cell], dense: Cell, settings: Mapping[str, Any]) -> Non
             f"{cell['bytes_read_fraction']:.4f}",
             str(len(cell["search"])) if cell["search"] else "-",
         )
-    console.print(rows)
+    return rows
 
 
-def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder whose cells are of other settings."""
-    file, text = out / "settings.json", json.dumps(settings, indent=2) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+def opened(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `out` holds; refuses one whose cells are of other settings."""
+    file = out / RESULTS
+    if not file.is_file():
+        return {"settings": dict(settings), "dense": None, "cells": []}
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if results["settings"] != settings:
         raise SystemExit(f"{out}: holds cells of another model, text or settings; choose another --out")
-    write_text(file, text)
+    return results
+
+
+def save(out: Path, results: Mapping[str, Any]) -> list[Cell]:
+    """Write what is finished and the table of it; the cells as they are in the table."""
+    cells = sorted(results["cells"], key=lambda cell: (cell["level"], list(METHODS).index(cell["method"])))
+    cells = with_shares(cells, results["dense"])
+    page = io.StringIO()
+    Console(file=page, width=120).print(table(cells, results["dense"], results["settings"]))
+    write_text(out / RESULTS, json.dumps({**results, "cells": cells}, indent=1) + "\n")
+    write_text(out / TABLE, "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines()))
+    return cells
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -234,7 +237,6 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--search-seqlen", type=int, default=512, help="tokens per dev window")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows and the searches")
     parser.add_argument("--dtype", default="auto", help="compute dtype, as of halfweight compress and eval")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--report-only", action="store_true", help="make the table of the finished cells")
     return parser.parse_args(given)
@@ -245,20 +247,19 @@ def main(given: Sequence[str] | None = None) -> None:
     names = ("calibration", "text", "windows", "seqlen", "prompts", "samples", "calibration_seqlen", "trials")
     names += ("search_samples", "search_seqlen", "seed", "dtype")
     settings = {"model": options.model, **{name: getattr(options, name) for name in names}}
-    check_settings(options.out, settings)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = opened(options.out, settings)
     folder = str(resolve_model(options.model).path)
-    dense = dense_cell(folder, settings, options.out)
+    results["dense"] = dense = results["dense"] or scored(folder, settings)
     asked = [(level, method) for level in options.levels for method in options.methods]
     asked += [(level, BASELINE) for level in options.teal_levels]
-    cells = [
-        run_cell(folder, dense, method, level, settings, options.out, options.keep)
-        for level, method in asked
-        if not options.report_only or (options.out / f"{method}-{level:g}.json").is_file()
-    ]
-    cells = with_shares(cells, dense)
-    show(cells, dense, settings)
-    if options.json is not None:
-        write_text(options.json, json.dumps({"settings": settings, "dense": dense, "cells": cells}, indent=2) + "\n")
+    done = {(cell["level"], cell["method"]) for cell in results["cells"]}
+    cells = save(options.out, results)
+    for level, method in asked:
+        if (level, method) not in done and not options.report_only:
+            results["cells"].append(run_cell(folder, dense, method, level, settings, options.out, options.keep))
+            cells = save(options.out, results)
+    console.print(table(cells, dense, settings))
 
 
 if __name__ == "__main__":

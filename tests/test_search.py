@@ -322,22 +322,19 @@ def test_methods_are_compared_at_equal_bytes(
     script = load_script("compare_selection")
     flags = [str(llama), "--calibration", text_file, "--text", text_file, "--out", tmp_path / "cells", "--windows", 2]
     flags += ["--seqlen", 64, "--samples", 2, "--calibration-seqlen", 32, "--trials", 2, "--search-samples", 1]
-    flags += ["--search-seqlen", 32, "--prompts", 2, "--levels", 50, "--json", tmp_path / "table.json"]
-    flags += ["--methods", "teal", "rsparse-random"]
+    flags += ["--search-seqlen", 32, "--prompts", 2, "--levels", 50, "--methods"]
+    script.main([*map(str, flags), "teal"])
+    flags += ["teal", "rsparse-random"]
     script.main(list(map(str, flags)))
-    table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    table = json.loads((tmp_path / "cells" / "results.json").read_text(encoding="utf-8"))
     teal, searched = table["cells"]
     assert teal["share"] == 1 and len(searched["search"]) == 2
     assert all(0 <= cell["agreement"] <= 1 for cell in table["cells"])
     increase = [math.log(cell["perplexity"] / table["dense"]["perplexity"]) for cell in (teal, searched)]
     assert searched["share"] == pytest.approx(increase[1] / increase[0])
     assert abs(teal["bytes_read_fraction"] - 0.5) < 0.1
-    assert sorted(file.name for file in (tmp_path / "cells").iterdir()) == [
-        "dense.json",
-        "rsparse-random-50.json",
-        "settings.json",
-        "teal-50.json",
-    ]
+    assert sorted(file.name for file in (tmp_path / "cells").iterdir()) == ["README.md", "results.json"]
+    assert "rsparse-random" in (tmp_path / "cells" / "README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(script, "compress_checkpoint", None)  # what is done is not done again
     capsys.readouterr()
     script.main(list(map(str, flags)))
