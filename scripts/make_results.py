@@ -217,11 +217,11 @@ PROTOCOL = (
     "Bits are all bits stored for the decoder's linears over their weights; bits read are those of one token, where it"
     " selects its inputs. Text tokens are those a run calibrated and tuned on. Dev perplexity is on the last tenth of"
     " the calibration text, of which runs with more text take more, so it compares with the dense one beside it; test"
-    " perplexity on a text that nothing was tuned on (`halfweight eval`). The worst error is the largest share of output"
-    " energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model in its"
-    " best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two CPU"
-    " cores: with the threads that results.json names and, with one, beside another run. A row is of the version that"
-    " measured it."
+    " perplexity on a text that nothing was tuned on (`halfweight eval`). The worst error is the largest share of"
+    " output energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model"
+    " in its best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two"
+    " CPU cores: with the threads that results.json names and, with one, beside another run. A row is of the version"
+    " that measured it."
 )
 
 
