@@ -58,6 +58,8 @@ COUNTERPART = {
     "gqsa-w4s30": "sparsegpt",
     "gqsa-w4s50": "sparsegpt",
 }
+# Bits per linear weight that the peer stores: 16 for what it saves dense, else int4 with a 16-bit scale per 64.
+PEER_BITS = {"sparsegpt": 16.0, "wanda": 16.0, "w4-g64": 4.25, "2of4-w4": 4.25}
 PRUNERS = ("sparsegpt", "wanda", "admm")  # their recipes are named 2of4-...
 
 T = TypeVar("T")
@@ -330,7 +332,9 @@ class Comparison:
             pairs = [(own[seed][name], peer[name]) for seed in chosen if (peer := peers[seed])]
             if tool == OURS and pairs:
                 row[f"{name}_ratio"] = fmean(ours for ours, _ in pairs) / fmean(theirs for _, theirs in pairs)
-        if tool == OURS:
+        if tool == PEER:
+            row["bits"] = PEER_BITS[method]
+        else:
             row["compared_with"] = COUNTERPART[method]
             row["linear_bytes_ratio"] = fmean(cell["linear_bytes_ratio"] for cell in own.values())
         return row

@@ -221,7 +221,7 @@ PROTOCOL = (
     " output energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model"
     " in its best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two"
     " CPU cores: with the threads that results.json names and, with one, beside another run. A row is of the version"
-    " that measured it."
+    " that measured it. Other tools' numbers are those of `scripts/compare_llmcompressor.py`."
 )
 
 
@@ -295,7 +295,7 @@ def draw(rows: Sequence[Row], dense: float | None, rivals: Sequence[Rival]) -> s
     figure.draw_without_rendering()  # the labels' places depend on the layout
     x, y, names = ([*column] for column in zip(*points, strict=True))
     textalloc.allocate(axes, x, y, names, x_scatter=x, y_scatter=y, textsize=9, linecolor="0.6", linewidth=0.7)
-    with io.BytesIO() as file, rc_context({"svg.hashsalt": "halfweight"}):
+    with io.BytesIO() as file, rc_context({"svg.hashsalt": "halfweight", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue().decode()
 
