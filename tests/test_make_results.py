@@ -12,6 +12,7 @@ import pytest
 
 from commands import load_script
 from halfweight import Recipe
+from halfweight.eval.report.facts import RivalRow
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -88,6 +89,17 @@ def test_other_tools_are_drawn_beside_the_runs(artifact: Path, tmp_path: Path, m
     picture = (out / "Tiny-weights.svg").read_bytes()
     run(monkeypatch, "--out", out)  # remembered, and drawn to the same bytes
     assert (out / "Tiny-weights.svg").read_bytes() == picture
+
+
+def test_a_comparison_says_what_the_peer_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    script = load_script("compare_llmcompressor")
+    assert set(script.COUNTERPART.values()) <= set(script.PEER_BITS)
+    made = script.Comparison.__new__(script.Comparison)
+    numbers = {"perplexity": 23.0, "peak_gb": 1.0, "seconds": 5.0, "cpu_seconds": 5.0, "others_share": 0.0}
+    made.cells = {("m", script.PEER, method, 0): numbers for method in ("w4-g64", "sparsegpt")}
+    rows = [RivalRow.model_validate(made.row("m", script.PEER, method, [0])) for method in ("w4-g64", "sparsegpt")]
+    assert [row.stored_bits for row in rows] == [4 + 16 / 64, 16]
 
 
 def test_the_front_is_of_those_that_nothing_beats() -> None:
