@@ -26,6 +26,7 @@ _STAGES = {
     "embed": "embed",
     "basis": "change basis",
     "allocate": "allocate",
+    "metric": "weigh errors",
     "blocks": "compress",
     "end_to_end": "tune",
     "verify": "reload and verify",

@@ -11,6 +11,7 @@ STAGE_NAMES = {
     "basis": "change basis",
     "allocation": "allocate",
     "search": "search",
+    "metric": "weigh errors",
     "compress": "compress",
     "block": "tune by block",
     "end_to_end": "tune end to end",

@@ -32,7 +32,7 @@ from .blocks import BlockWalker, compute_dtype, open_dense
 from .calibration import Windows, load_windows, shared_windows
 from .fisher import allocate_by_fisher
 from .journal import Journal, clear_scaffold, fingerprint, tokens_hash
-from .memory import peak_rss_gb, release_memory
+from .memory import memory_errors, peak_rss_gb, release_memory
 from .passes import StageConfig
 from .recipe import Recipe
 from .report import (
@@ -45,6 +45,7 @@ from .report import (
 from .run import Run
 from .search.run import search, space_of
 from .streams import activation_bytes, check_budget, spilled_bytes
+from .tuning.metric import remember_metrics
 from .world import ALONE, World
 
 _ALLOCATION = "allocation"  # notes about it in the journal
@@ -130,6 +131,11 @@ def compress_checkpoint(
             searched = search(walker, recipe, space, stages, windows, journal, progress)
             recipe = searched.recipe
             stages = recipe.resolve(shapes)
+            release_memory()
+        if recipe.tuning is not None and recipe.tuning.block is not None:
+            say = _counting(progress, "metric", 2 * walker.n_blocks + 1)
+            with memory_errors("weighing the errors of blocks"):
+                remember_metrics(walker, windows.calibration, journal, recipe.calibration.seed, say)
             release_memory()
         run = Run(walker, stages, recipe, windows.share(world), journal, progress, world, spill)
         resumed = run.all_blocks()
@@ -239,6 +245,7 @@ _DOING = {
     "embed": "calibration text was being embedded",
     "basis": "the basis was being changed",
     "allocate": "bytes were being divided between the blocks",
+    "metric": "what errors of the blocks cost was being found",
     "verify": "the artifact was being verified",
 }
 

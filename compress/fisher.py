@@ -15,17 +15,14 @@ of a window are left out, which read everything when models are scored, and term
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..eval.selection import dense_tokens_of
-from ..serving.errors import RunError
 from ..serving.scheme import fused_groups
 from .allocation import divide, selection_of_stage, weight_bits, without_branch
+from .backward import TOKENS, backward, require_finite
 from .blocks import BlockWalker
 from .calibration import first_windows
 from .passes import StageConfig
@@ -37,12 +34,9 @@ from .passes.masks import top_mask
 from .passes.selection import column_norms, scores
 from .quantiles import QuantileSketch
 from .statistics import InputStatistics
-from .tuning.teacher import chunks
 
-TOKENS = 8192  # of the calibration, at most
 LEVELS = tuple(number / 10 for number in range(1, 10))
 REFITS = 4  # steps of conjugate gradients that refit what is kept of a pruned weight
-_LOGITS = 2**22  # that exist at once, fp32
 
 Curves = dict[str, dict[float, float]]
 
@@ -100,85 +94,23 @@ def prediction_curves(
 
     Arguments as for `allocate_by_fisher`.
     """
-    few = first_windows(windows, TOKENS)
     curves: Curves = {name: {} for name in stages}
-    inputs: list[list[Tensor]] = []  # of every block, on the host
-    stream = walker.embed(few)
-    for index in range(walker.n_blocks):
-        say(f"forward through {walker.block_prefix(index)}")
-        inputs.append([x.cpu() for x in stream])
-        with walker.block(index) as block:
-            stream = [walker.run(index, block, x) for x in stream]
-    say("labels")
-    gradients = _label_gradients(walker, stream, few, seed)
-    del stream
-    for index in reversed(range(walker.n_blocks)):
-        say(f"backward through {walker.block_prefix(index)}")
-        with walker.block(index) as block:
-            linears = {name: linear for name, linear in walker.block_linears(index).items() if name in stages}
-            run = partial(walker.call, index, block, weights={})
-            held: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for turn in backward(walker, first_windows(windows, TOKENS), seed, say):
+        linears = {name: linear for name, linear in walker.block_linears(turn.index).items() if name in stages}
+        held: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-            def see(name: str, x: Tensor, gradient: Tensor) -> None:
-                if stages[name].selection is None:
-                    held.setdefault(name, []).append((x, gradient))  # noqa: B023  # all of it in this turn
-                else:
-                    _add_losses(curves[name], name, linears[name].weight, stages[name], x, gradient)  # noqa: B023
+        def see(name: str, x: Tensor, gradient: Tensor) -> None:
+            if stages[name].selection is None:
+                held.setdefault(name, []).append((x, gradient))  # noqa: B023  # all of it in this turn
+            else:
+                _add_losses(curves[name], name, linears[name].weight, stages[name], x, gradient)  # noqa: B023
 
-            for number, x in enumerate(inputs.pop()):
-                gradients[number] = _through(run, x.to(walker.device), gradients[number], linears, see)
-            for name, parts in held.items():
-                x, gradient = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-                _require_finite(name, gradient)
-                curves[name] = pruning_losses(linears[name].weight, stages[name], x, gradient)
+        turn.back(linears, see)
+        for name, parts in held.items():
+            x, gradient = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            require_finite(name, gradient)
+            curves[name] = pruning_losses(linears[name].weight, stages[name], x, gradient)
     return curves
-
-
-def _label_gradients(
-    walker: BlockWalker, outputs: Sequence[Tensor], windows: Sequence[Tensor], seed: int
-) -> list[Tensor]:
-    """The gradient of the summed cross entropy of drawn labels at the last block's `outputs` `[B, T, D]`, likewise."""
-    generator = torch.Generator(walker.device).manual_seed(seed)
-    rows = [row[None].detach().requires_grad_() for x in outputs for row in x]
-    with walker.vocabulary(), torch.enable_grad():
-        for row, window in zip(rows, windows, strict=True):
-            for keep in chunks(walker, len(window), _LOGITS):
-                logits = walker.logits(walker.decoded(row, window), window, keep)
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    found = torch.cat([row.grad for row in rows if row.grad is not None])
-    return list(found.split([len(x) for x in outputs]))
-
-
-def _through(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    gradient: Tensor,
-    linears: Mapping[str, nn.Linear],
-    see: Callable[[str, Tensor, Tensor], None],
-) -> Tensor:
-    """The gradient at a block's input `x` from the `gradient` at its output `run(x)`. `see(name, x, gradient)` gets, of
-    each of the block's `linears`, the inputs `[tokens, K]` that count and the gradients `[tokens, N]` at its output."""
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            def backward(gradient: Tensor) -> None:
-                first = dense_tokens_of(args[0].shape[1]) if args[0].ndim == 3 else 0
-                seen = (part.detach()[..., first:, :].reshape(-1, part.shape[-1]) for part in (args[0], gradient))
-                with torch.no_grad():
-                    see(name, *seen)
-
-            output.register_hook(backward)
-
-        return forward
-
-    with ExitStack() as hooks:
-        for name, linear in linears.items():
-            hooks.callback(linear.register_forward_hook(watch(name)).remove)
-        with torch.enable_grad():
-            start = x.detach().requires_grad_()
-            (found,) = torch.autograd.grad(run(start), start, gradient)
-    return found
 
 
 def _add_losses(
@@ -187,7 +119,7 @@ def _add_losses(
     """Add to the `curve` of a linear with `weight` `[N, K]` what the predictions lose for its inputs `x` `[tokens, K]`,
     of which more and more are not read, with the `gradient` `[tokens, N]` at its output."""
     worth = (gradient @ weight).float() * x.float()  # of x_j: its part of g . y
-    _require_finite(name, worth)
+    require_finite(name, worth)
     score = scores(x, column_norms(weight, selection_of_stage(stage).score))
     sketch = QuantileSketch()
     sketch.add(score)
@@ -221,8 +153,3 @@ def pruning_losses(weight: Tensor, stage: StageConfig, x: Tensor, gradient: Tens
 def _lost(slopes: Tensor) -> float:
     """The loss by all tokens, of which each moves the log likelihood by its one of the `slopes` `[tokens]`."""
     return float(slopes.square().log1p().sum())
-
-
-def _require_finite(name: str, gradients: Tensor) -> None:
-    if not bool(torch.isfinite(gradients).all()):
-        raise RunError(f"{name}: the gradients through it are not finite; try --dtype float32, or another `allocation`")

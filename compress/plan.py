@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -17,10 +17,11 @@ from ..serving.sources import resolve_model
 from ..serving.storage import stored_bits
 from ..serving.tables import Table
 from . import basis
+from .backward import TOKENS
 from .blocks import BlockWalker, batch_size, compute_dtype, open_dense
 from .calibration import check_context, dev_windows, first_tokens
 from .cost import MATMUL_SHARE, bandwidth_of, matmul_speed, peak_bytes, seconds_of
-from .fisher import LEVELS, REFITS, TOKENS
+from .fisher import LEVELS, REFITS
 from .outline import Outline, has_weights
 from .passes import StageConfig
 from .recipe import Basis, Embeddings, Recipe
@@ -50,15 +51,15 @@ class PlannedLayer(BaseModel):
 
 
 class PlannedStage(BaseModel):
-    """One stretch of the run: a change of `basis`, an `allocation` over all blocks, a `search`, the passes
-    (`compress`), or a stage of tuning; modelled.
+    """One stretch of the run: a change of `basis`, an `allocation` over all blocks, a `search`, the `metric` by which
+    blocks are tuned, the passes (`compress`), or a stage of tuning; modelled.
 
     In 10^9 bytes, `device_gb` is held on the computing device (on a CPU that is the host), `host_gb` in host memory
     beside a GPU, `disk_gb` on disk beyond the checkpoint until the run is over. `tokens` are calibrated, tried or
     trained on, repeats included.
     """
 
-    name: Literal["basis", "allocation", "search", "compress", "block", "end_to_end"]
+    name: Literal["basis", "allocation", "search", "metric", "compress", "block", "end_to_end"]
     tokens: int
     device_gb: float
     host_gb: float
@@ -199,6 +200,8 @@ def _stages(
         found.append(_allocation_stage(walker, recipe, stages, shapes, speed, bandwidth))
     if recipe.search is not None:
         found.append(_search_stage(walker, recipe, recipe.search, stages, shapes, speed))
+    if tuning is not None and tuning.block is not None:
+        found.append(_metric_stage(walker, recipe, work, speed))
     spilled = spilled_bytes(recipe, shapes, work.hidden, work.itemsize) if spill else 0.0
     found += [
         PlannedStage(
@@ -264,14 +267,13 @@ def _allocation_stage(
 ) -> PlannedStage:
     """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host.
 
-    The backward pass of a block runs it again, and multiplies with its weights twice. For a selection, at every level
-    the inputs are compared (5 bytes), chosen (9) and added up (4). Linears to prune hold their inputs and gradients
-    until the block is through; at every level they are fitted again and multiply, in fp32.
+    For a selection, at every level the inputs are compared (5 bytes), chosen (9) and added up (4). Linears to prune
+    hold their inputs and gradients until the block is through; at every level they are fitted again and multiply, in
+    fp32.
     """
     text, size, calibration = walker.model.config.get_text_config(), walker.dtype.itemsize, recipe.calibration
     tokens = first_tokens(calibration, TOKENS)
-    batch = batch_size(calibration.seqlen) * calibration.seqlen
-    weights, head = sum(prod(shape) for shape in shapes.values()), text.vocab_size * text.hidden_size
+    batch, head = batch_size(calibration.seqlen) * calibration.seqlen, text.vocab_size * text.hidden_size
     sharing = {name: shapes[name] for name, stage in stages.items() if stage.shares_by_fisher}
     pruned = {name: shape for name, shape in sharing.items() if stages[name].selection is None}
     numbers = 0
@@ -287,10 +289,35 @@ def _allocation_stage(
         device_gb=(max(numbers, head) + 2 * tokens * text.hidden_size) * size / 1e9,
         host_gb=(BASE + walker.n_blocks * tokens * text.hidden_size * size) / 1e9,
         disk_gb=0.0,
-        seconds=(8.0 * weights + 6.0 * head) * tokens / speed
+        seconds=_backward_operations(shapes.values(), head) * tokens / speed
         + 18 * len(LEVELS) * tokens * compared / bandwidth
         + len(LEVELS) * fitted / (matmul_speed(walker.device, torch.float32) * MATMUL_SHARE),
     )
+
+
+def _metric_stage(walker: BlockWalker, recipe: Recipe, work: Workload, speed: float) -> PlannedStage:
+    """A forward and a backward pass, block by block; a batch of gradients and a metric with its root, or the head; all
+    blocks' inputs on the host, and a block's outputs."""
+    calibration, hidden, size = recipe.calibration, work.hidden, work.itemsize
+    tokens, head = first_tokens(calibration, TOKENS), work.vocabulary * hidden
+    batch = batch_size(calibration.seqlen) * calibration.seqlen
+    numbers = max(sum(n * k + 2 * batch * (n + k) for n, k in block.values()) for block in work.blocks)
+    squares = 4 * hidden * hidden
+    shapes = [shape for block in work.blocks for shape in block.values()]
+    return PlannedStage(
+        name="metric",
+        tokens=tokens,
+        device_gb=(max(numbers * size + 4 * squares, head * size) + 2 * tokens * hidden * size) / 1e9,
+        host_gb=(BASE + (walker.n_blocks + 1) * tokens * hidden * size) / 1e9,
+        disk_gb=walker.n_blocks * squares / 1e9,
+        seconds=(_backward_operations(shapes, head) + 2.0 * walker.n_blocks * hidden**2) * tokens / speed,
+    )
+
+
+def _backward_operations(shapes: Iterable[tuple[int, int]], head: int) -> float:
+    """Operations per token of `backward`: a block's backward pass runs it again, and multiplies with its weights
+    twice; the head's multiplies twice."""
+    return 8.0 * sum(prod(shape) for shape in shapes) + 6.0 * head
 
 
 def _search_stage(

@@ -38,6 +38,7 @@ from .solve import Solved, replace_linear, solve_linear
 from .statistics import InputStatistics
 from .streams import Stream
 from .tuning.block import Pairs, tune_block
+from .tuning.metric import remembered
 from .tuning.weights import stored_tensors, trainable_weights
 from .tuning.whole import Job, remember_teacher, tune_whole
 from .world import ALONE, World
@@ -206,6 +207,7 @@ class Run:
             weights,
             train,
             dev,
+            remembered(self.journal, index).to(walker.device),
             settings,
             seed=self.seed,
             say=lambda text: self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {text}")),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
-from halfweight.compress import fisher
+from halfweight.compress import backward, fisher
 from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.report import Progress
 from runs import contents, interrupt, stop_in_block
@@ -114,7 +114,7 @@ def test_gradients_that_are_not_finite_name_the_linear(
     def broken(walker: Any, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
         return [torch.full_like(x, torch.inf) for x in outputs]
 
-    monkeypatch.setattr(fisher, "_label_gradients", broken)
+    monkeypatch.setattr(backward, "label_gradients", broken)
     with pytest.raises(RunError, match=r"model.layers.\d.mlp.down_proj: the gradients through it are not finite"):
         compress_checkpoint(llama, recipe(text_file), tmp_path / "out")
 

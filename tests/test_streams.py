@@ -119,9 +119,10 @@ def test_the_plan_knows_the_budget(dense: Path, text_file: Path, cli: Cli, tmp_p
     assert free.activations_gb == little.activations_gb > 0
     for before, same, after in zip(free.stages, large.stages, little.stages, strict=True):
         assert (before.device_gb, before.disk_gb) == (same.device_gb, same.disk_gb)
-        assert after.device_gb < before.device_gb
-    assert little.stages[0].disk_gb > free.stages[0].disk_gb
-    assert free.stages[0].device_gb - little.stages[0].device_gb > free.activations_gb / 2
+        assert after.device_gb < before.device_gb or after.name == "metric"
+    compress, within = (next(s for s in found.stages if s.name == "compress") for found in (free, little))
+    assert within.disk_gb > compress.disk_gb
+    assert compress.device_gb - within.device_gb > free.activations_gb / 2
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = ["plan", str(dense), "--recipe", str(tmp_path / "recipe.yaml"), "--activation-memory"]
     assert "in files" in cli(*arguments, "0.000001").out

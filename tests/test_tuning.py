@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_leaves_the_start(
 
     def poisoned(self: BlockWalker, index: int, block: Any, x: Tensor, weights: Any) -> Tensor:
         y = call(self, index, block, x, weights)
-        return y * float("nan") if torch.is_grad_enabled() and index == 1 else y
+        return y * float("nan") if torch.is_grad_enabled() and weights and index == 1 else y
 
     monkeypatch.setattr(BlockWalker, "call", poisoned)
     report = compress_checkpoint(dense, settings, tmp_path / "out")
@@ -281,7 +281,7 @@ def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
     call, sizes, most = BlockWalker.call, [], 1
 
     def scarce(self: BlockWalker, index: int, block: Any, x: Tensor, weights: Any) -> Tensor:
-        if torch.is_grad_enabled() and x.shape[1] == 512:
+        if torch.is_grad_enabled() and weights and x.shape[1] == 512:
             sizes.append(len(x))
             if len(x) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -372,7 +372,7 @@ def test_8b_parameters_are_planned_from_the_config_alone_and_fit_24_gb(tmp_path:
     for name in ("w4-g64-best", "2of4-w4-best", "gqsa-w4s50-best"):
         planned = plan(tmp_path, name, dtype="bfloat16", device="cpu")
         before = ["basis", "allocation"] if name == "gqsa-w4s50-best" else []
-        assert [stage.name for stage in planned.stages] == [*before, "compress", "block", "end_to_end"]
+        assert [stage.name for stage in planned.stages] == [*before, "metric", "compress", "block", "end_to_end"]
         assert planned.parameters == 8_030_261_248
         assert max(stage.device_gb for stage in planned.stages) < 23
         assert all(stage.seconds > 0 and stage.host_gb < 16 and stage.disk_gb < 20 for stage in planned.stages)

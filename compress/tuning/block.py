@@ -1,5 +1,5 @@
 """Stage 1: one block at a time, trained to give what the dense block gave (as in EfficientQAT's Block-AP, Chen et al.
-2024, arXiv 2407.11062, and EBFT, Guo et al. 2024, arXiv 2402.12419).
+2024, arXiv 2407.11062, and EBFT, Guo et al. 2024, arXiv 2402.12419), as far as the predictions mind (`metric.py`).
 
 The student gets the compressed model's inputs, the target is the dense block's output for dense inputs, so a block also
 makes up for what the blocks before it lost.
@@ -51,18 +51,20 @@ def tune_block(
     weights: Weights,
     train: Pairs,
     dev: Pairs,
+    metric: Tensor,
     settings: BlockTuning,
     *,
     seed: int,
     say: Say,
 ) -> TuningReport:
     """Train `weights` (by name inside `block`) in place; they end where the dev loss was lowest, the start included.
+    Errors are measured by the root `metric` `[D, D]` (`metric.py`).
 
     When a loss or gradient is not finite, the report has a note and the weights are not to be used. Raises RunError
     when not even one window fits in memory.
     """
     begin = time.monotonic()
-    run = _Training(walker, index, block, weights, train, dev, settings, say)
+    run = _Training(walker, index, block, weights, train, dev, metric, settings, say)
     order = batches(len(train.inputs), max(1, settings.batch // len(train.inputs[0])), settings.epochs, seed)
     units = _units(weights) if settings.units == "separately" else [list(weights)]
     for number, unit in enumerate(units):
@@ -84,15 +86,15 @@ def tune_block(
     )
 
 
-def distance(y: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ||y - target||^2 / ||target||^2, for `[B, T, D]`.
+def distance(y: Tensor, target: Tensor, metric: Tensor) -> Tensor:
+    """Mean over tokens of ||(y - target) R||^2 / ||target||^2, for `[B, T, D]` and the root R = `metric` `[D, D]`.
 
     Relative to each token, because the next norm rescales each token; a plain mean would be of the few tokens whose
     activations are a thousand times the others'.
     """
     wanted = target.float()
     power = wanted.square().sum(-1)
-    return ((y.float() - wanted).square().sum(-1) / power.clamp(min=1e-12)).mean()
+    return (((y.float() - wanted) @ metric).square().sum(-1) / power.clamp(min=1e-12)).mean()
 
 
 @dataclass
@@ -105,6 +107,7 @@ class _Training:
     weights: Weights
     train: Pairs
     dev: Pairs
+    metric: Tensor
     settings: BlockTuning
     say: Say
     rows: int | None = None  # windows per forward pass; None: whole batches
@@ -151,7 +154,7 @@ class _Training:
                 nonlocal total
                 for x, target in self.pieces(batch):
                     y = self.walker.call(self.index, self.block, x, self.cast(leaves))
-                    loss = distance(y, target) * (x.shape[0] * x.shape[1] / batch.tokens)
+                    loss = distance(y, target, self.metric) * (x.shape[0] * x.shape[1] / batch.tokens)
                     loss.backward()
                     total += float(loss.detach())
 
@@ -192,7 +195,8 @@ class _Training:
         found, tokens = 0.0, 0
         for x, target in zip(self.dev.inputs, self.dev.targets, strict=True):
             size = x.shape[0] * x.shape[1]
-            found += float(distance(self.walker.call(self.index, self.block, x, weights), target)) * size
+            y = self.walker.call(self.index, self.block, x, weights)
+            found += float(distance(y, target, self.metric)) * size
             tokens += size
         return found / tokens
 

@@ -1,0 +1,131 @@
+"""What errors of a block cost the predictions, against autograd over the whole model and against divergences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from halfweight import Recipe, RunError, compress_checkpoint
+from halfweight.compress import backward
+from halfweight.compress.blocks import BlockWalker, open_dense
+from halfweight.compress.journal import Journal
+from halfweight.compress.report import Progress
+from halfweight.compress.tuning.metric import metric, remember_metrics, remembered, root
+from runs import contents, interrupt, parsed, stop_in_block
+
+WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
+FIRST = 2  # of 200 tokens, which do not count
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def walk(folder: Path) -> BlockWalker:
+    return BlockWalker(open_dense(folder), torch.device("cpu"), torch.float32)
+
+
+def whole(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_it_is_that_of_the_whole_model(llama: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "run")
+    remember_metrics(walk(llama), WINDOWS, journal, 7, silent)
+    model = whole(llama)
+    outputs: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, y: outputs.append(y))
+    logits = model(torch.stack(WINDOWS)).logits
+    generator = torch.Generator().manual_seed(7)
+    labels = [torch.multinomial(row.detach().softmax(-1), 1, generator=generator)[:, 0] for row in logits]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum")
+    for index, (y, g) in enumerate(zip(outputs, torch.autograd.grad(loss, outputs), strict=True)):
+        relative = (g * y.norm(dim=-1, keepdim=True))[:, FIRST:].flatten(0, 1).double()
+        expected = relative.T @ relative
+        expected = expected / expected.diagonal().mean()
+        expected = 0.5 * expected + 0.5 * expected.diagonal().diag() + 1e-3 * torch.eye(len(expected))
+        found = remembered(journal, index).double()
+        torch.testing.assert_close(found @ found.T, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_errors_that_cost_more_make_predictions_diverge_more(llama: Path) -> None:
+    for turn in backward.backward(walk(llama), WINDOWS, 0, silent):
+        size, directions = torch.linalg.eigh(metric(turn.outputs, turn.gradients))
+        cheap, dear = (diverging(whole(llama), turn.index, 0.01 * directions[:, i]) for i in (0, -1))
+        # To second order they are as the eigenvalues, which are of a few drawn labels.
+        assert dear / cheap > 0.3 * float(size[-1] / size[0].clamp(min=1e-3 * size[-1])) > 3
+        turn.back()
+
+
+def diverging(model: nn.Module, index: int, error: Tensor) -> float:
+    """KL per token when every token's output of a block moves by `error` times its length."""
+    tokens = torch.stack(WINDOWS)
+    with torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        model.model.layers[index].register_forward_hook(lambda m, a, y: y + y.norm(dim=-1, keepdim=True) * error)
+        moved = model(tokens).logits.log_softmax(-1)
+    return float((dense.exp() * (dense - moved)).sum(-1)[:, FIRST:].mean())
+
+
+def test_the_root_is_that_of_a_metric_that_can_be_inverted() -> None:
+    gradients = torch.tensor([[[9.0, 9, 9]] + [[1, 0, 0]] * 99])
+    found = metric([torch.ones(1, 100, 3)], [gradients])
+    assert torch.allclose(found, torch.tensor([3.0, 0, 0]).diag())  # the first token is not counted
+    error = torch.tensor([1.0, 2, -1])
+    assert float((error @ root(found)).square().sum()) == pytest.approx(3 + 1e-3 * 6, rel=1e-5)
+    nothing = metric([torch.ones(1, 4, 3)], [torch.zeros(1, 4, 3)])
+    assert torch.allclose(root(nothing), 1e-3**0.5 * torch.eye(3))
+
+
+def test_a_run_finds_it_once(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = tuned(text_file)
+    compress_checkpoint(llama, settings, tmp_path / "whole")
+    steps: list[Progress] = []
+
+    def stop(step: Progress) -> None:
+        steps.append(step)
+        stop_in_block(1)(step)
+
+    interrupt(llama, settings, tmp_path / "out", stop)
+    found = [step for step in steps if step.stage == "metric"]
+    assert [step.done for step in found] == list(range(1, found[0].total + 1))
+    again: list[Progress] = []
+    compress_checkpoint(llama, settings, tmp_path / "out", progress=again.append)
+    assert not any(step.stage == "metric" for step in again)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_that_is_stopped_between_blocks_of_it_goes_on(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = tuned(text_file)
+    compress_checkpoint(llama, settings, tmp_path / "whole")
+
+    def stop(step: Progress) -> None:
+        if step.stage == "metric" and step.done == step.total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(llama, settings, tmp_path / "out", progress=stop)
+    compress_checkpoint(llama, settings, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_gradients_that_are_not_finite_name_the_block(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(walker: Any, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
+        return [torch.full_like(x, torch.inf) for x in outputs]
+
+    monkeypatch.setattr(backward, "label_gradients", broken)
+    with pytest.raises(RunError, match=r"model.layers.1: the gradients through it are not finite"):
+        compress_checkpoint(llama, tuned(text_file), tmp_path / "out")
+
+
+def tuned(text: Path) -> Recipe:
+    base = parsed(text, {"pass": "rtn", "group_size": 16, "bits": 3}, seqlen=64, samples=4)
+    return Recipe.parse({**base.model_dump(by_alias=True), "tuning": {"block": {"epochs": 1, "evaluations": 1}}})
