@@ -63,6 +63,21 @@ def test_errors_that_cost_more_make_predictions_diverge_more(llama: Path) -> Non
         turn.back()
 
 
+def test_a_channel_that_norms_leave_out_costs_little_however_large_it_is(llama: Path, tmp_path: Path) -> None:
+    model = whole(llama)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 20.0
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter[3] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    for turn in backward.backward(walk(tmp_path / "model"), WINDOWS, 0, silent):
+        power = torch.cat(turn.outputs).square().mean((0, 1))
+        assert power[3] > 10 * power.sum().sub(power[3])
+        assert metric(turn.outputs, turn.gradients)[3, 3] < 0.1
+        turn.back()
+
+
 def diverging(model: nn.Module, index: int, error: Tensor) -> float:
     """KL per token when every token's output of a block moves by `error` times its length."""
     tokens = torch.stack(WINDOWS)

@@ -60,8 +60,8 @@ def metric(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 
 
 def root(found: Tensor) -> Tensor:
-    """R `[D, D]`, lower triangular, such that an error e `[D]` costs `||e R||^2` by a metric that can be inverted: M, half
-    of the way to its diagonal, and a little in every direction."""
+    """R `[D, D]`, lower triangular: an error e `[D]` costs `||e R||^2`. That is by M, half of the way to its diagonal,
+    and a little in every direction, so that R exists."""
     least = torch.full((len(found),), _LEAST, device=found.device)
     return torch.linalg.cholesky(torch.lerp(found, found.diagonal().diag(), _SHRINKAGE) + least.diag())
 
