@@ -61,6 +61,24 @@ def interrupt(dense: Path, recipe: Recipe, out: Path, progress: OnProgress, **op
     return partial_of(out)
 
 
+def goes_through_once(stage: str, dense: Path, recipe: Recipe, out: Path, whole: Path) -> None:
+    """Interrupt a run after its first block and resume it: it counts the steps of `stage`, which is done before all
+    blocks, and does not take them again, and ends as the run that was not interrupted and is in `whole`."""
+    before: list[Progress] = []
+    after: list[Progress] = []
+
+    def stop(step: Progress) -> None:
+        before.append(step)
+        stop_in_block(1)(step)
+
+    interrupt(dense, recipe, out, stop)
+    steps = [step for step in before if step.stage == stage]
+    assert [step.done for step in steps] == list(range(1, steps[0].total + 1))
+    compress_checkpoint(dense, recipe, out, progress=after.append)
+    assert not any(step.stage == stage for step in after)
+    assert contents(out) == contents(whole)
+
+
 def fails(error: type[halfweight.HalfweightError], *arguments: Any, **options: Any) -> str:
     """The one line with which compress_checkpoint raises `error`."""
     with pytest.raises(error) as caught:

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
 from halfweight.compress import backward, fisher
 from halfweight.compress.blocks import BlockWalker, open_dense
-from halfweight.compress.report import Progress
-from runs import contents, interrupt, stop_in_block
+from runs import goes_through_once
 
 WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
 
@@ -84,19 +83,7 @@ def test_the_budget_is_kept_and_goes_where_predictions_suffer(llama: Path, text_
     assert sum(unread) == pytest.approx(0.5 * sum(bits))
     by_block = [sum(unread[i : i + 7]) / sum(bits[i : i + 7]) for i in range(0, len(bits), 7)]
     assert max(by_block) - min(by_block) > 0.01  # blocks share, too
-    steps: list[Progress] = []
-
-    def stop(step: Progress) -> None:
-        steps.append(step)
-        stop_in_block(1)(step)
-
-    interrupt(llama, settings, tmp_path / "out", stop)
-    asked = [step for step in steps if step.stage == "allocate"]
-    assert [step.done for step in asked] == list(range(1, asked[0].total + 1))
-    again: list[Progress] = []
-    compress_checkpoint(llama, settings, tmp_path / "out", progress=again.append)
-    assert not any(step.stage == "allocate" for step in again)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    goes_through_once("allocate", llama, settings, tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_search_begins_where_it_ends(llama: Path, text_file: Path, tmp_path: Path) -> None:

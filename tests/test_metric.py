@@ -16,7 +16,7 @@ from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.journal import Journal
 from halfweight.compress.report import Progress
 from halfweight.compress.tuning.metric import metric, remember_metrics, remembered, root
-from runs import contents, interrupt, parsed, stop_in_block
+from runs import contents, goes_through_once, parsed
 
 WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
 FIRST = 2  # of 200 tokens, which do not count
@@ -101,19 +101,7 @@ def test_the_root_is_that_of_a_metric_that_can_be_inverted() -> None:
 def test_a_run_finds_it_once(llama: Path, text_file: Path, tmp_path: Path) -> None:
     settings = tuned(text_file)
     compress_checkpoint(llama, settings, tmp_path / "whole")
-    steps: list[Progress] = []
-
-    def stop(step: Progress) -> None:
-        steps.append(step)
-        stop_in_block(1)(step)
-
-    interrupt(llama, settings, tmp_path / "out", stop)
-    found = [step for step in steps if step.stage == "metric"]
-    assert [step.done for step in found] == list(range(1, found[0].total + 1))
-    again: list[Progress] = []
-    compress_checkpoint(llama, settings, tmp_path / "out", progress=again.append)
-    assert not any(step.stage == "metric" for step in again)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    goes_through_once("metric", llama, settings, tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_run_that_is_stopped_between_blocks_of_it_goes_on(llama: Path, text_file: Path, tmp_path: Path) -> None:
