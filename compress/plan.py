@@ -296,21 +296,20 @@ def _allocation_stage(
 
 
 def _metric_stage(walker: BlockWalker, recipe: Recipe, work: Workload, speed: float) -> PlannedStage:
-    """A forward and a backward pass, block by block; a batch of gradients and a metric with its root, or the head; all
-    blocks' inputs on the host, and a block's outputs."""
+    """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host,
+    and a block's outputs."""
     calibration, hidden, size = recipe.calibration, work.hidden, work.itemsize
     tokens, head = first_tokens(calibration, TOKENS), work.vocabulary * hidden
     batch = batch_size(calibration.seqlen) * calibration.seqlen
     numbers = max(sum(n * k + 2 * batch * (n + k) for n, k in block.values()) for block in work.blocks)
-    squares = 4 * hidden * hidden
     shapes = [shape for block in work.blocks for shape in block.values()]
     return PlannedStage(
         name="metric",
         tokens=tokens,
-        device_gb=(max(numbers * size + 4 * squares, head * size) + 2 * tokens * hidden * size) / 1e9,
+        device_gb=(max(numbers, head) + 2 * tokens * hidden) * size / 1e9,
         host_gb=(BASE + (walker.n_blocks + 1) * tokens * hidden * size) / 1e9,
-        disk_gb=walker.n_blocks * squares / 1e9,
-        seconds=(_backward_operations(shapes, head) + 2.0 * walker.n_blocks * hidden**2) * tokens / speed,
+        disk_gb=4.0 * walker.n_blocks * hidden / 1e9,
+        seconds=_backward_operations(shapes, head) * tokens / speed,
     )
 
 

@@ -207,7 +207,7 @@ class Run:
             weights,
             train,
             dev,
-            remembered(self.journal, index).to(walker.device),
+            remembered(self.journal, prefix).to(walker.device),
             settings,
             seed=self.seed,
             say=lambda text: self.progress(Progress("blocks", index, walker.n_blocks, f"{prefix} {text}")),

@@ -15,7 +15,7 @@ from halfweight.compress import backward
 from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.journal import Journal
 from halfweight.compress.report import Progress
-from halfweight.compress.tuning.metric import metric, remember_metrics, remembered, root
+from halfweight.compress.tuning.metric import metric, remember_metrics, remembered
 from runs import contents, goes_through_once, parsed
 
 WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
@@ -46,20 +46,19 @@ def test_it_is_that_of_the_whole_model(llama: Path, tmp_path: Path) -> None:
     labels = [torch.multinomial(row.detach().softmax(-1), 1, generator=generator)[:, 0] for row in logits]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum")
     for index, (y, g) in enumerate(zip(outputs, torch.autograd.grad(loss, outputs), strict=True)):
-        relative = (g * y.norm(dim=-1, keepdim=True))[:, FIRST:].flatten(0, 1).double()
-        expected = relative.T @ relative
-        expected = expected / expected.diagonal().mean()
-        expected = 0.5 * expected + 0.5 * expected.diagonal().diag() + 1e-3 * torch.eye(len(expected))
-        found = remembered(journal, index).double()
-        torch.testing.assert_close(found @ found.T, expected, rtol=1e-3, atol=1e-4)
+        expected = (g * y.norm(dim=-1, keepdim=True))[:, FIRST:].square().mean((0, 1))
+        found = remembered(journal, f"model.layers.{index}")
+        torch.testing.assert_close(found, expected / expected.mean() + 1e-3, rtol=1e-3, atol=1e-4)
 
 
 def test_errors_that_cost_more_make_predictions_diverge_more(llama: Path) -> None:
     for turn in backward.backward(walk(llama), WINDOWS, 0, silent):
-        size, directions = torch.linalg.eigh(metric(turn.outputs, turn.gradients))
-        cheap, dear = (diverging(whole(llama), turn.index, 0.01 * directions[:, i]) for i in (0, -1))
-        # To second order they are as the eigenvalues, which are of a few drawn labels.
-        assert dear / cheap > 0.3 * float(size[-1] / size[0].clamp(min=1e-3 * size[-1])) > 3
+        costs = metric(turn.outputs, turn.gradients)
+        errors = (torch.eye(len(costs))[int(i)] for i in (costs.argmin(), costs.argmax()))
+        cheap, dear = (diverging(whole(llama), turn.index, 0.01 * error) for error in errors)
+        # To second order they are as the costs, which are of a few drawn labels.
+        assert dear / cheap == pytest.approx(float(costs.max() / costs.min()), rel=0.5)
+        assert dear > 1.5 * cheap
         turn.back()
 
 
@@ -74,7 +73,7 @@ def test_a_channel_that_norms_leave_out_costs_little_however_large_it_is(llama: 
     for turn in backward.backward(walk(tmp_path / "model"), WINDOWS, 0, silent):
         power = torch.cat(turn.outputs).square().mean((0, 1))
         assert power[3] > 10 * power.sum().sub(power[3])
-        assert metric(turn.outputs, turn.gradients)[3, 3] < 0.1
+        assert metric(turn.outputs, turn.gradients)[3] < 0.1
         turn.back()
 
 
@@ -88,14 +87,13 @@ def diverging(model: nn.Module, index: int, error: Tensor) -> float:
     return float((dense.exp() * (dense - moved)).sum(-1)[:, FIRST:].mean())
 
 
-def test_the_root_is_that_of_a_metric_that_can_be_inverted() -> None:
-    gradients = torch.tensor([[[9.0, 9, 9]] + [[1, 0, 0]] * 99])
-    found = metric([torch.ones(1, 100, 3)], [gradients])
-    assert torch.allclose(found, torch.tensor([3.0, 0, 0]).diag())  # the first token is not counted
-    error = torch.tensor([1.0, 2, -1])
-    assert float((error @ root(found)).square().sum()) == pytest.approx(3 + 1e-3 * 6, rel=1e-5)
-    nothing = metric([torch.ones(1, 4, 3)], [torch.zeros(1, 4, 3)])
-    assert torch.allclose(root(nothing), 1e-3**0.5 * torch.eye(3))
+def test_first_tokens_do_not_count_and_lengths_do() -> None:
+    outputs = torch.ones(1, 100, 3)
+    outputs[0, 1] *= 10
+    gradients = torch.tensor([[[9.0, 9, 9], [0, 1, 0]] + [[1, 0, 0]] * 98])
+    found = metric([outputs], [gradients]) - 1e-3
+    assert torch.allclose(found, 3 * torch.tensor([98.0, 100, 0]) / 198, atol=1e-6)
+    assert torch.allclose(metric([torch.ones(1, 4, 3)], [torch.zeros(1, 4, 3)]), torch.full((3,), 1e-3))
 
 
 def test_a_run_finds_it_once(llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -104,7 +102,7 @@ def test_a_run_finds_it_once(llama: Path, text_file: Path, tmp_path: Path) -> No
     goes_through_once("metric", llama, settings, tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_run_that_is_stopped_between_blocks_of_it_goes_on(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_before_it_is_whole_begins_it_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
     settings = tuned(text_file)
     compress_checkpoint(llama, settings, tmp_path / "whole")
 

@@ -58,7 +58,7 @@ def tune_block(
     say: Say,
 ) -> TuningReport:
     """Train `weights` (by name inside `block`) in place; they end where the dev loss was lowest, the start included.
-    Errors are measured by the root `metric` `[D, D]` (`metric.py`).
+    An error in a channel of its outputs counts as `metric` `[D]` says (`metric.py`).
 
     When a loss or gradient is not finite, the report has a note and the weights are not to be used. Raises RunError
     when not even one window fits in memory.
@@ -87,14 +87,14 @@ def tune_block(
 
 
 def distance(y: Tensor, target: Tensor, metric: Tensor) -> Tensor:
-    """Mean over tokens of ||(y - target) R||^2 / ||target||^2, for `[B, T, D]` and the root R = `metric` `[D, D]`.
+    """Mean over tokens of sum_d metric_d (y - target)_d^2 / ||target||^2, for `[B, T, D]` and `metric` `[D]`.
 
     Relative to each token, because the next norm rescales each token; a plain mean would be of the few tokens whose
     activations are a thousand times the others'.
     """
     wanted = target.float()
     power = wanted.square().sum(-1)
-    return (((y.float() - wanted) @ metric).square().sum(-1) / power.clamp(min=1e-12)).mean()
+    return ((y.float() - wanted).square() @ metric / power.clamp(min=1e-12)).mean()
 
 
 @dataclass

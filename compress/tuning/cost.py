@@ -79,9 +79,7 @@ def block_cost(work: Workload, settings: BlockTuning) -> Cost:
     trained = sum(numbers(work, name, shape, settings.train) for name, shape in largest.items())
     held = max(settings.batch * work.length, work.item) if work.spill else work.tokens + work.dev * work.length
     streams = 2 * held * work.hidden * work.itemsize
-    metric = 4 * work.hidden**2
-    optimizer = _TRAINED * trained + _EXPANDED * weights
-    device = streams + metric + 2 * weights * work.itemsize + optimizer + _block(work, largest)
+    device = streams + 2 * weights * work.itemsize + _TRAINED * trained + _EXPANDED * weights + _block(work, largest)
     looks = settings.evaluations * work.dev * work.length
     steps = _steps(work, settings)
     return Cost(

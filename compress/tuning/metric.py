@@ -1,11 +1,9 @@
-"""What a block's errors cost the model's predictions, direction by direction.
+"""What errors in a block's outputs cost the model's predictions, channel by channel.
 
 When a token's output of a block moves by e, the predictions diverge (KL) to second order by half of the mean of
-`(g . e)^2` over labels drawn from them, with g the gradient of the labels' cross entropy there: the Fisher information,
-whose diagonal BRECQ (Li et al. 2021, arXiv 2102.05426) reconstructs blocks by. Here it is the tokens' mean, and more
-than the diagonal.
-Errors and gradients are relative to a token's length, because the next norm rescales each token:
-`M = mean_t ||y_t||^2 g_t g_t^T` `[D, D]`.
+`(g . e)^2` over labels drawn from them, with g the gradient of the labels' cross entropy there. This takes the diagonal
+of that Fisher information, as BRECQ (Li et al. 2021, arXiv 2102.05426) does, and its mean over tokens. Errors and
+gradients are relative to a token's length, because the next norm rescales each token: `mean_t ||y_t||^2 g_t^2` `[D]`.
 
 Without it a block is trained on what the predictions hardly look at: a few channels of the residual stream may hold
 most of its power.
@@ -24,52 +22,40 @@ from ..calibration import first_windows
 from ..journal import Journal
 from ..writer import read_part
 
-# Towards the diagonal: the whole information does better on one model that this was tried on, its diagonal on another.
-_SHRINKAGE = 0.5
-_LEAST = 1e-3  # that an error costs in any direction; the mean channel has 1
+PART = "metric.safetensors"
+_LEAST = 1e-3  # that an error costs in any channel; the mean is 1
 
 
 def remember_metrics(
     walker: BlockWalker, windows: Sequence[Tensor], journal: Journal, seed: int, say: Callable[[str], None]
 ) -> None:
-    """Put the roots of all blocks' metrics into parts of the journal, as far as they are not there.
+    """Put the metrics of all blocks into a part of the journal, unless they are there.
 
     `windows` `[T]` are the calibration's, of which the first are used, and labels are drawn by `seed`; `say` is told
     which block it is. Raises RunError where gradients are not finite.
     """
-    if all(journal.done(_part(index)) for index in range(walker.n_blocks)):
+    if journal.done(PART):
         return
+    found = {}
     for turn in backward(walker, first_windows(windows, TOKENS), seed, say):
-        if not journal.done(_part(turn.index)):
-            found = metric(turn.outputs, turn.gradients)
-            require_finite(walker.block_prefix(turn.index), found)
-            journal.store(_part(turn.index), {"root": root(found).cpu()})
+        prefix = walker.block_prefix(turn.index)
+        found[prefix] = metric(turn.outputs, turn.gradients).cpu()
+        require_finite(prefix, found[prefix])
         turn.back()
+    journal.store(PART, found)
+
+
+def remembered(journal: Journal, prefix: str) -> Tensor:
+    """The metric of the block that is called `prefix`."""
+    return read_part(journal.folder / PART)[prefix]
 
 
 def metric(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """M `[D, D]` of a block with `outputs` `[B, T, D]` and the `gradients` there, fp32, but for a factor: its mean
-    diagonal is 1, unless there are no gradients."""
-    total, tokens = torch.zeros(()), 0
+    """The costs `[D]`, fp32, by channel of a block with `outputs` `[B, T, D]` and the `gradients` there. But for a
+    factor: their mean is 1, where there are gradients, and a thousandth more."""
+    sums = []
     for y, gradient in zip(outputs, gradients, strict=True):
-        length = that_count(y.to(gradient.device)).float().norm(dim=-1, keepdim=True)
-        relative = length * that_count(gradient).float()
-        total, tokens = total.to(gradient.device) + relative.T @ relative, tokens + len(relative)
-    mean = total / max(1, tokens)
-    return mean / mean.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def root(found: Tensor) -> Tensor:
-    """R `[D, D]`, lower triangular: an error e `[D]` costs `||e R||^2`. That is by M, half of the way to its diagonal,
-    and a little in every direction, so that R exists."""
-    least = torch.full((len(found),), _LEAST, device=found.device)
-    return torch.linalg.cholesky(torch.lerp(found, found.diagonal().diag(), _SHRINKAGE) + least.diag())
-
-
-def remembered(journal: Journal, index: int) -> Tensor:
-    """The root of block `index`."""
-    return read_part(journal.folder / _part(index))["root"]
-
-
-def _part(index: int) -> str:
-    return f"metric-{index:05}.safetensors"
+        power = that_count(y.to(gradient.device)).float().square().sum(-1, keepdim=True)
+        sums.append((power * that_count(gradient).float().square()).sum(0))
+    total = torch.stack(sums).sum(0)
+    return total / total.mean().clamp(min=torch.finfo(torch.float32).tiny) + _LEAST
