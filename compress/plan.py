@@ -265,7 +265,8 @@ def _allocation_stage(
     speed: float,
     bandwidth: float,
 ) -> PlannedStage:
-    """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host.
+    """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host,
+    and a block's outputs.
 
     For a selection, at every level the inputs are compared (5 bytes), chosen (9) and added up (4). Linears to prune
     hold their inputs and gradients until the block is through; at every level they are fitted again and multiply, in
@@ -287,7 +288,7 @@ def _allocation_stage(
         name="allocation",
         tokens=tokens,
         device_gb=(max(numbers, head) + 2 * tokens * text.hidden_size) * size / 1e9,
-        host_gb=(BASE + walker.n_blocks * tokens * text.hidden_size * size) / 1e9,
+        host_gb=(BASE + (walker.n_blocks + 1) * tokens * text.hidden_size * size) / 1e9,
         disk_gb=0.0,
         seconds=_backward_operations(shapes.values(), head) * tokens / speed
         + 18 * len(LEVELS) * tokens * compared / bandwidth
@@ -296,8 +297,7 @@ def _allocation_stage(
 
 
 def _metric_stage(walker: BlockWalker, recipe: Recipe, work: Workload, speed: float) -> PlannedStage:
-    """A forward and a backward pass, block by block; a batch of gradients, or the head; all blocks' inputs on the host,
-    and a block's outputs."""
+    """As `_allocation_stage`, without what it does to linears."""
     calibration, hidden, size = recipe.calibration, work.hidden, work.itemsize
     tokens, head = first_tokens(calibration, TOKENS), work.vocabulary * hidden
     batch = batch_size(calibration.seqlen) * calibration.seqlen

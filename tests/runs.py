@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import halfweight
 from halfweight import Recipe, compress_checkpoint
+from halfweight.compress import backward
 from halfweight.compress.report import OnProgress, Progress
 
 BLOCKS = 4
@@ -77,6 +79,15 @@ def goes_through_once(stage: str, dense: Path, recipe: Recipe, out: Path, whole:
     compress_checkpoint(dense, recipe, out, progress=after.append)
     assert not any(step.stage == stage for step in after)
     assert contents(out) == contents(whole)
+
+
+def break_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass back through the dense model begins with gradients that are not finite."""
+
+    def broken(walker: Any, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
+        return [torch.full_like(x, torch.inf) for x in outputs]
+
+    monkeypatch.setattr(backward, "label_gradients", broken)
 
 
 def fails(error: type[halfweight.HalfweightError], *arguments: Any, **options: Any) -> str:

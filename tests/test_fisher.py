@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
-from halfweight.compress import backward, fisher
+from halfweight.compress import fisher
 from halfweight.compress.blocks import BlockWalker, open_dense
-from runs import goes_through_once
+from runs import break_gradients, goes_through_once
 
 WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
 
@@ -98,10 +98,7 @@ def test_a_search_begins_where_it_ends(llama: Path, text_file: Path, tmp_path: P
 def test_gradients_that_are_not_finite_name_the_linear(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(walker: Any, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
-        return [torch.full_like(x, torch.inf) for x in outputs]
-
-    monkeypatch.setattr(backward, "label_gradients", broken)
+    break_gradients(monkeypatch)
     with pytest.raises(RunError, match=r"model.layers.\d.mlp.down_proj: the gradients through it are not finite"):
         compress_checkpoint(llama, recipe(text_file), tmp_path / "out")
 

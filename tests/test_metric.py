@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from halfweight.compress.blocks import BlockWalker, open_dense
 from halfweight.compress.journal import Journal
 from halfweight.compress.report import Progress
 from halfweight.compress.tuning.metric import metric, remember_metrics, remembered
-from runs import contents, goes_through_once, parsed
+from runs import break_gradients, contents, goes_through_once, parsed
 
 WINDOWS = list(torch.randint(3, 40, (6, 200), generator=torch.Generator().manual_seed(0)))
 FIRST = 2  # of 200 tokens, which do not count
@@ -119,10 +118,7 @@ def test_a_run_that_is_stopped_before_it_is_whole_begins_it_again(llama: Path, t
 def test_gradients_that_are_not_finite_name_the_block(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(walker: Any, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
-        return [torch.full_like(x, torch.inf) for x in outputs]
-
-    monkeypatch.setattr(backward, "label_gradients", broken)
+    break_gradients(monkeypatch)
     with pytest.raises(RunError, match=r"model.layers.1: the gradients through it are not finite"):
         compress_checkpoint(llama, tuned(text_file), tmp_path / "out")
 

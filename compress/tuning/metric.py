@@ -22,7 +22,7 @@ from ..calibration import first_windows
 from ..journal import Journal
 from ..writer import read_part
 
-PART = "metric.safetensors"
+_PART = "metric.safetensors"
 _LEAST = 1e-3  # that an error costs in any channel; the mean is 1
 
 
@@ -34,7 +34,7 @@ def remember_metrics(
     `windows` `[T]` are the calibration's, of which the first are used, and labels are drawn by `seed`; `say` is told
     which block it is. Raises RunError where gradients are not finite.
     """
-    if journal.done(PART):
+    if journal.done(_PART):
         return
     found = {}
     for turn in backward(walker, first_windows(windows, TOKENS), seed, say):
@@ -42,12 +42,12 @@ def remember_metrics(
         found[prefix] = metric(turn.outputs, turn.gradients).cpu()
         require_finite(prefix, found[prefix])
         turn.back()
-    journal.store(PART, found)
+    journal.store(_PART, found)
 
 
 def remembered(journal: Journal, prefix: str) -> Tensor:
     """The metric of the block that is called `prefix`."""
-    return read_part(journal.folder / PART)[prefix]
+    return read_part(journal.folder / _PART)[prefix]
 
 
 def metric(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
