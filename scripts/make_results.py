@@ -220,7 +220,7 @@ PROTOCOL = (
     " perplexity on a text that nothing was tuned on (`halfweight eval`). The worst error is the largest share of"
     " output energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model"
     " in its best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two"
-    " CPU cores: with the threads that results.json names and, with one, beside another run. A row is of the version"
+    " CPU cores: with the threads that results.json names and, with one, beside other runs. A row is of the version"
     " that measured it. Other tools' numbers are those of `scripts/compare_llmcompressor.py`."
 )
 
