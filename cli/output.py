@@ -29,6 +29,7 @@ _STAGES = {
     "metric": "weigh errors",
     "blocks": "compress",
     "end_to_end": "tune",
+    "shares": "set thresholds",
     "verify": "reload and verify",
     "hash": "check files",
     "tensors": "check tensors",

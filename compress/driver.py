@@ -245,6 +245,7 @@ _DOING = {
     "embed": "calibration text was being embedded",
     "basis": "the basis was being changed",
     "allocate": "bytes were being divided between the blocks",
+    "shares": "the thresholds of the tuned model were being set",
     "metric": "what errors of the blocks cost was being found",
     "verify": "the artifact was being verified",
 }

@@ -39,6 +39,7 @@ from .statistics import InputStatistics
 from .streams import Stream
 from .tuning.block import Pairs, tune_block
 from .tuning.metric import remembered
+from .tuning.thresholds import has_threshold, meet_shares, shares_read
 from .tuning.weights import stored_tensors, trainable_weights
 from .tuning.whole import Job, remember_teacher, tune_whole
 from .world import ALONE, World
@@ -285,8 +286,10 @@ class Run:
         """Train the whole model when the recipe says so; returns the names of the parts that make the checkpoint."""
         blocks = [part_name(index) for index in range(self.walker.n_blocks)]
         others = [] if self.embeddings is None else [vocabulary.PART]
-        if self.tuning is None or self.tuning.end_to_end is None:
+        if self.tuning is None:
             return [*others, *blocks]
+        if self.tuning.end_to_end is None:
+            return [*others, *self._with_shares_met(blocks)]
         tables = {name: self._quantized(table) for name, table in self.walker.tables().items()}
         job = Job(
             walker=self.walker,
@@ -311,7 +314,50 @@ class Run:
         tuned = tune_whole(job, say)
         self.dev = Stream(tuned.dev)
         self.tuned.append(tuned.report)
-        return [*others, *tuned.parts]
+        return [*others, *self._with_shares_met(tuned.parts)]
+
+    def _with_shares_met(self, parts: list[str]) -> list[str]:
+        """The names of a tuned model's parts in which tokens read the shares that the stages allow; `parts` are those
+        of its blocks as training left them."""
+        if not any(map(has_threshold, self.stages.values())):
+            return parts
+        walker, names = self.walker, [f"met-{part}" for part in parts]
+        read: dict[str, float] = {}
+        table = None if self.embeddings is None else self._quantized(walker.tables()[walker.embedding])
+        hidden, self.dev = (self._embed(walker, text, table) for text in (self.windows.calibration, self.windows.dev))
+        for index, (part, name) in enumerate(zip(parts, names, strict=True)):
+            self.progress(Progress("shares", index, walker.n_blocks, walker.block_prefix(index)))
+            with memory_errors(walker.block_prefix(index)):
+                read |= self._meet_shares(index, part, name, hidden)
+            release_memory()
+        stats = {layer.name: {**layer.stats, "inputs_read": read.get(layer.name)} for layer in self.layers}
+        self.layers = [
+            layer.model_copy(update={"stats": stats[layer.name]}) if layer.name in read else layer
+            for layer in self.layers
+        ]
+        return names
+
+    def _meet_shares(self, index: int, part: str, name: str, hidden: Stream) -> dict[str, float]:
+        """Store the tuned `part` of block `index` with other thresholds as `name`, unless that is done; the calibration
+        activations `hidden` and those of the dev set move on. The shares that linears read on the latter are returned.
+        """
+        entry = self.journal.done(name)
+        tensors = writer.read_part(self.journal.folder / (part if entry is None else name))
+        with self.walker.block(index) as block:
+            linears = selecting_linears(self.walker, index, self.stages, self.dense_tokens)
+            self._fill(index, block, tensors)
+            if entry is None:
+                run = partial(self.walker.run, index, block)
+                chosen = {
+                    linear_name: linear
+                    for linear_name, linear in linears.items()
+                    if isinstance(linear, SelectingLinear) and has_threshold(self.stages[linear_name])
+                }
+                tensors |= meet_shares(run, chosen, self.stages, hidden)
+                self.journal.store(name, tensors, read=shares_read(run, chosen, self.dev))
+            self._propagate(index, block, hidden + self.dev)
+        found: dict[str, float] = (self.journal.done(name) or {})["read"]
+        return found
 
     def _fill(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Give the dense block the weights that the stored `tensors` (by full name) stand for."""

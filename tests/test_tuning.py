@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import halfweight
 from halfweight import InputError, Recipe, RunError, compress_checkpoint, plan
@@ -22,6 +22,8 @@ from halfweight.compress.tuning import checkpoint
 from halfweight.compress.tuning.end_to_end import _Training
 from halfweight.compress.tuning.teacher import divergence, log_probabilities
 from halfweight.compress.tuning.training import batches, look_steps, schedule
+from halfweight.eval.selection import dense_tokens_of, selecting_tokens
+from halfweight.serving.load import load_tokenizer
 from halfweight.serving.scheme import ArtifactConfig
 from runs import Stop, contents, fails, interrupt, parsed
 
@@ -115,7 +117,8 @@ def test_inputs_are_selected_while_weights_are_trained(dense: Path, text_file: P
     report = compress_checkpoint(dense, settings, tmp_path / "out")
     assert all(row.best < row.start and row.note is None for row in report.tuning)
     assert report.verification.relative_difference == 0
-    interrupt(dense, settings, tmp_path / "again", stop_when("end_to_end", 3))
+    for stop in (stop_when("end_to_end", 3), stop_when("shares", 1, "layers.1")):
+        interrupt(dense, settings, tmp_path / "again", stop)
     compress_checkpoint(dense, settings, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     plain = compress_checkpoint(dense, settings.with_tuning("none"), tmp_path / "plain")
@@ -123,6 +126,33 @@ def test_inputs_are_selected_while_weights_are_trained(dense: Path, text_file: P
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     kinds = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert "weight_t" in kinds and kinds <= {"weight_t", "thresholds"}
+
+
+@pytest.mark.parametrize("score", ["size", "l2"])
+def test_trained_linears_read_their_share(dense: Path, text_file: Path, tmp_path: Path, score: str) -> None:
+    selecting = {"sparsity": 0.6, "score": score, "allocation": "greedy"}
+    train: dict[str, Any] = {"train": ["weights", "norms"], "rates": {"weights": 0.03, "norms": 0.1}}
+    tuning = {"block": {**BLOCK, **train}, "end_to_end": {**END_TO_END, **train, "patience": 9}}
+    settings = recipe(text_file, {"pass": "keep", "selection": selecting}, **tuning)
+    report = compress_checkpoint(dense, settings, tmp_path / "out", dtype="float32")
+    wanted = {layer.name: layer.stats["inputs_wanted"] for layer in report.layers}
+    model = halfweight.load(tmp_path / "out", dtype="float32")
+    shares: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for name in wanted:
+        linear = model.get_submodule(name)
+        tensors = dict(linear.named_buffers())
+        threshold = tensors["thresholds"].view(torch.float32)
+        norms = tensors["norms"].view(torch.float32)[0] if score == "l2" else 1.0
+
+        def see(module: nn.Module, args: Any, name: str = name, cut: Tensor = threshold, by: Any = norms) -> None:
+            shares[name].append((args[0].abs() * by > cut).float().mean())
+
+        linear.register_forward_pre_hook(see)
+    windows = load_windows(settings.calibration, load_tokenizer(dense), dense, 512, tuning=6)
+    with torch.no_grad(), selecting_tokens(model, dense_tokens_of(512)):
+        model(torch.stack(windows.calibration))
+    for name, share in wanted.items():
+        assert float(torch.stack(shares[name]).mean()) == pytest.approx(share, abs=0.005), name
 
 
 # --- the gradients of stage 2, against the whole model's -----------------------------------------------------------
