@@ -331,6 +331,7 @@ def test_too_little_memory_means_smaller_pieces_and_then_one_clear_line(
 # --- recipes and plans ---------------------------------------------------------------------------------------------
 
 BEST = [name for name in named_recipes() if name.endswith("-best")]
+ALIKE = {"2of4-best": "2of4-admm", "teal-65-best": "teal-65-fisher-searched"}  # with the same stages
 
 
 def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_after() -> None:
@@ -340,7 +341,7 @@ def test_the_best_recipes_tune_alike_and_compress_as_the_recipe_they_are_named_a
         assert tuned.tuning is not None and tuned.tuning.block is not None and tuned.tuning.end_to_end is not None
         stages = (tuned.tuning.block, tuned.tuning.end_to_end)
         costs.add((tuned.tuning.samples, tuned.calibration, *((stage.epochs, stage.batch) for stage in stages)))
-        plain = Recipe.load("2of4-admm" if name == "2of4-best" else name.removesuffix("-best"))
+        plain = Recipe.load(ALIKE.get(name, name.removesuffix("-best")))
         # In time for tuning, the densities of groups are divided first.
         stages = [s.model_copy(update={"allocation": "uniform"}) if "gqsa" in name else s for s in tuned.stages]
         assert stages == list(plain.stages)
