@@ -330,11 +330,10 @@ class Run:
             with memory_errors(walker.block_prefix(index)):
                 read |= self._meet_shares(index, part, name, hidden)
             release_memory()
-        stats = {layer.name: {**layer.stats, "inputs_read": read.get(layer.name)} for layer in self.layers}
-        self.layers = [
-            layer.model_copy(update={"stats": stats[layer.name]}) if layer.name in read else layer
-            for layer in self.layers
-        ]
+        for number, layer in enumerate(self.layers):
+            if layer.name in read:
+                stats = layer.stats | {"inputs_read": read[layer.name]}
+                self.layers[number] = layer.model_copy(update={"stats": stats})
         return names
 
     def _meet_shares(self, index: int, part: str, name: str, hidden: Stream) -> dict[str, float]:
