@@ -13,6 +13,7 @@ from .output import human_bytes, human_seconds, out, progress_bars, table, write
 
 if TYPE_CHECKING:
     from ..eval.compare import Comparison, ModelRow
+    from ..eval.timing import Spread
 
 
 def compare(
@@ -23,7 +24,12 @@ def compare(
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Score only the first N windows; default: all.")] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens per prompt, for generation agreement.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Greedy tokens per prompt, for generation agreement and speed.")
+    ] = 32,
+    speed: Annotated[
+        bool, typer.Option(help="Time prefill and decoding, each model in turn with the dense one.")
+    ] = True,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="lm-eval tasks or YAML files; kept in --out.")
     ] = None,
@@ -38,7 +44,7 @@ def compare(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Compressed models beside their dense original: perplexity, tasks, agreement, bits, size and load time.
+    """Compressed models beside their dense original: perplexity, tasks, agreement, bits, size and speed.
 
     Examples:
 
@@ -63,6 +69,7 @@ def compare(
             windows=windows,
             seqlen=seqlen,
             new_tokens=new_tokens,
+            speed=speed,
             tasks=() if tasks is None else options.names(tasks, "--tasks"),
             out=results,
             limit=limit,
@@ -91,9 +98,14 @@ def show(result: Comparison, dense: str) -> None:
     if any(row.against_dense is not None and row.against_dense.differences for row in result.models):
         _show_differences(result)
     bos = ", first token replaced by BOS" if result.bos else ""
+    timed = (
+        f"; speed: {result.speed_prompt} tokens, {result.new_tokens} new, the median of {result.models[1].decode.count}"
+        if result.models[1].decode is not None
+        else ""
+    )
     out.print(
         f"{result.text}: {result.windows} windows of {result.seqlen}{bos}; generations: {result.prompts} prompts of"
-        f" {result.prompt_tokens} tokens, {result.new_tokens} new; {result.dtype} on {result.device},"
+        f" {result.prompt_tokens} tokens, {result.new_tokens} new{timed}; {result.dtype} on {result.device},"
         f" {human_seconds(result.seconds)}"
     )
 
@@ -142,6 +154,20 @@ def _generations(row: ModelRow) -> str:
     return f"{100 * against.generation_agreement:.1f} % ({100 * against.same_generations:.0f} % of prompts whole)"
 
 
+def _speed(rate: Spread | None, ratio: float | None) -> str:
+    if rate is None:
+        return "-"
+    return f"{rate.median:.1f}" + ("" if ratio is None else f" ({ratio:.2f} x dense)")
+
+
+def _prefill(row: ModelRow) -> str:
+    return _speed(row.prefill, None if row.against_dense is None else row.against_dense.prefill_ratio)
+
+
+def _decode(row: ModelRow) -> str:
+    return _speed(row.decode, None if row.against_dense is None else row.against_dense.decode_ratio)
+
+
 _LINES: tuple[tuple[str, Callable[[ModelRow], str]], ...] = (
     ("perplexity", lambda row: _plus_minus(row.perplexity, row.standard_error, 3)),
     ("ratio to dense, paired", _ratio),
@@ -153,4 +179,6 @@ _LINES: tuple[tuple[str, Callable[[ModelRow], str]], ...] = (
     ("effective bits, model", lambda row: f"{row.effective_bits_model:.3f}"),
     ("size on disk", lambda row: human_bytes(row.bytes)),
     ("load time", lambda row: f"{row.load_seconds:.1f} s"),
+    ("prefill, tokens per second", _prefill),
+    ("decode, tokens per second", _decode),
 )

@@ -1,4 +1,4 @@
-"""Compressed models beside the dense one: one table of quality, size and load time, with errors and paired tests."""
+"""Compressed models beside the dense one: one table of quality, size and speed, with errors and paired tests."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..serving.errors import InputError
 from ..serving.inspect import inspect_checkpoint
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import load_config
+from ..serving.warmup import warmup
 from .agreement import Reference, TextScores, generate, join, reference, score_window, shared_tokens
 from .fit import require_fit
 from .perplexity import check_context, decode, summarize
@@ -27,6 +28,9 @@ from .significance import Difference, mean_and_error, paired_difference
 from .task_results import TaskResult, document_scores
 from .tasks import evaluate_tasks
 from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
+from .timing import Spread, generation_seconds
+
+SPEED_PROMPT, SPEED_ROUNDS = 128, 3
 
 
 class Against(BaseModel):
@@ -36,7 +40,8 @@ class Against(BaseModel):
     smaller than the two perplexities' own errors suggest); `kl` = mean KL(dense || compressed) per token in nats, with
     its standard error over windows; `token_agreement` = share of tokens with the same most likely next token;
     `generation_agreement` = mean share of the greedy tokens before the two generations part, `same_generations` the
-    share of prompts where they never do; `differences` of tasks.
+    share of prompts where they never do; `differences` of tasks. `prefill_ratio` and `decode_ratio` are of median
+    rates, both models' in turns; None where speed was not measured.
     """
 
     perplexity_ratio: float
@@ -47,11 +52,14 @@ class Against(BaseModel):
     generation_agreement: float
     same_generations: float
     differences: list[Difference]
+    prefill_ratio: float | None = None
+    decode_ratio: float | None = None
 
 
 class ModelRow(BaseModel):
     """One model of a comparison. `bytes` are of its weight files, `load_seconds` of this process's load, files likely
-    cached; `calibration_error` is the expected calibration error of the next token; bits as in `inspect_checkpoint`."""
+    cached; `calibration_error` is the expected calibration error of the next token; bits as in `inspect_checkpoint`.
+    `prefill` and `decode` are in tokens per second; None where speed was not measured."""
 
     name: str
     path: str
@@ -64,11 +72,14 @@ class ModelRow(BaseModel):
     calibration_error: float
     tasks: list[TaskResult]
     against_dense: Against | None
+    prefill: Spread | None = None
+    decode: Spread | None = None
 
 
 class Comparison(BaseModel):
     """Result of `compare`; the first of `models` is the dense one. Perplexity is of `windows` windows of `seqlen` of
-    `text`; generations continue the first `prompt_tokens` of `prompts` of them by `new_tokens` greedy tokens."""
+    `text`; generations continue the first `prompt_tokens` of `prompts` of them by `new_tokens` greedy tokens. Speed is
+    of the first `speed_prompt` tokens of the text (0: not measured) and of `new_tokens` after them, one sequence."""
 
     models: list[ModelRow]
     text: str
@@ -79,6 +90,7 @@ class Comparison(BaseModel):
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    speed_prompt: int
     limit: float | None
     num_fewshot: int | None
     dtype: str
@@ -97,6 +109,7 @@ def compare(
     prompts: int = 8,
     prompt_tokens: int = 32,
     new_tokens: int = 32,
+    speed: bool = True,
     tasks: Sequence[str] = (),
     out: str | Path | None = None,
     limit: float | None = None,
@@ -107,7 +120,7 @@ def compare(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Compare checkpoint folders `models` with the `dense` one they come from, on `text` (default: the shipped held-out
-    text) and on `tasks`, whose results go to `out`/MODEL and are not computed twice.
+    text) and on `tasks`, whose results go to `out`/MODEL and are not computed twice; with `speed`, time them too.
 
     Two models are in memory at a time. `progress(what, done, total)` is called as windows are scored. Raises InputError
     for bad folders, models of another vocabulary or tokenizer, and models that do not fit in memory together.
@@ -152,6 +165,9 @@ def compare(
         gc.collect()  # modules refer to themselves; the next model needs the memory
     del base
 
+    speed_prompt = min(SPEED_PROMPT, seqlen - new_tokens) if speed else 0
+    if speed:
+        _add_speed(rows, paths, chosen[0][:speed_prompt], new_tokens, device, dtype, show)
     if tasks and out is not None:
         _add_tasks(rows, paths, tasks, Path(out), limit, num_fewshot, batch_size, device, dtype)
     return Comparison(
@@ -164,6 +180,7 @@ def compare(
         prompts=min(prompts, len(chosen)),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        speed_prompt=speed_prompt,
         limit=limit,
         num_fewshot=num_fewshot,
         dtype=computed[0],
@@ -251,6 +268,49 @@ def _row(name: str, path: Path, seconds: float, scores: TextScores, against: Aga
         tasks=[],
         against_dense=against,
     )
+
+
+def _add_speed(
+    rows: Sequence[ModelRow],
+    paths: Sequence[Path],
+    prompt: Tensor,
+    new: int,
+    device: str,
+    dtype: str,
+    show: Callable[[str, int, int], None],
+) -> None:
+    """Time the dense model and each other in turns, as served, and put rates and ratios into `rows`."""
+    dense = _warm_load(paths[0], device, dtype)
+    ids = prompt[None].to(dense.device)
+    dense_times: list[tuple[float, float]] = []
+    for number, (row, path) in enumerate(zip(rows[1:], paths[1:], strict=True)):
+        pair = (dense, _warm_load(path, device, dtype))
+        for model in pair:
+            generation_seconds(model, ids, min(new, 4))  # the first run allocates and may compile
+        turns = [[generation_seconds(model, ids, new) for model in pair] for _ in range(SPEED_ROUNDS)]
+        beside, times = zip(*turns, strict=True)
+        dense_times += beside
+        row.prefill, row.decode = _rates(times, len(prompt), new)
+        against = _rates(beside, len(prompt), new)
+        assert row.against_dense is not None
+        row.against_dense.prefill_ratio = row.prefill.median / against[0].median
+        row.against_dense.decode_ratio = row.decode.median / against[1].median
+        show("speed", number + 1, len(rows) - 1)
+        del pair
+        gc.collect()
+    rows[0].prefill, rows[0].decode = _rates(dense_times, len(prompt), new)
+
+
+def _warm_load(path: Path, device: str, dtype: str) -> Any:
+    """The model with its kernels chosen for the prompt and one sequence."""
+    model = load(path, device, dtype)
+    warmup(model, (1, SPEED_PROMPT), model.dtype)
+    return model
+
+
+def _rates(times: Sequence[tuple[float, float]], prompt: int, new: int) -> tuple[Spread, Spread]:
+    """Tokens per second of prefill and of decoding, of (seconds, seconds)."""
+    return Spread.of([prompt / seconds for seconds, _ in times]), Spread.of([new / seconds for _, seconds in times])
 
 
 def _add_tasks(

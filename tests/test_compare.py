@@ -16,6 +16,8 @@ from halfweight.eval.compare import Comparison
 from halfweight.eval.metrics import calibration_error
 from halfweight.eval.significance import mcnemar, paired_difference, sign_flip
 from halfweight.eval.text import consecutive_windows, read_text, tokenize
+from halfweight.eval.timing import Spread
+from halfweight.serving.linear import CompressedWeight
 
 SEQLEN, WINDOWS, NEW = 48, 5, 6
 
@@ -98,6 +100,32 @@ def test_sizes_come_from_the_checkpoints(llama: Path, compressed: Path, compared
     assert [row.name for row in compared.models] == [llama.name, compressed.name, f"{llama.name}-2"]
 
 
+def test_speed_is_of_turns_beside_the_dense_model(
+    llama: Path, compressed: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds as a machine gives them that slows down, the compressed model at twice the dense one's rates."""
+    order: list[bool] = []
+
+    def seconds(model: torch.nn.Module, ids: torch.Tensor, new: int) -> tuple[float, float]:
+        order.append(any(isinstance(module, CompressedWeight) for module in model.modules()))
+        slow = len(order) * (0.5 if order[-1] else 1.0)
+        return ids.numel() * slow, new * slow
+
+    monkeypatch.setattr(comparing, "generation_seconds", seconds)
+    settings = {"text": text_file, "windows": 1, "seqlen": SEQLEN, "prompts": 1, "prompt_tokens": 8, "new_tokens": NEW}
+    found = comparing.compare(llama, [compressed], **settings)
+    dense, model = found.models
+    assert order == [False, True] * 4  # one turn each that does not count
+    assert found.speed_prompt == SEQLEN - NEW
+    assert dense.decode == Spread(median=1 / 5, low=1 / 7, high=1 / 3, count=3)
+    assert model.prefill == model.decode == Spread(median=1 / 3, low=1 / 4, high=1 / 2, count=3)
+    assert model.against_dense is not None
+    assert model.against_dense.decode_ratio == model.against_dense.prefill_ratio == pytest.approx(5 / 3)
+    untimed = comparing.compare(llama, [compressed], speed=False, **settings)
+    assert len(order) == 8
+    assert (untimed.models[0].decode, untimed.speed_prompt) == (None, 0)
+
+
 def test_command_line(llama: Path, compressed: Path, text_file: Path, tmp_path: Path, cli: Cli) -> None:
     flags = ["--text", text_file, "--windows", 2, "--seqlen", 64, "--new-tokens", 4, "--json", tmp_path / "c.json"]
     result = ok(cli("compare", llama, compressed, *flags))
@@ -106,6 +134,9 @@ def test_command_line(llama: Path, compressed: Path, text_file: Path, tmp_path: 
     assert report["new_tokens"] == 4
     for line in ("perplexity", "KL to dense", "same greedy tokens", "effective bits", "size on disk", "load time"):
         assert line in result.out
+    assert result.out.count("x dense)") == 2
+    quiet = ok(cli("compare", llama, compressed, *flags, "--no-speed"))
+    assert "x dense)" not in quiet.out
 
 
 def test_bad_input_is_one_line(
