@@ -5,7 +5,8 @@
 
 Each run is a folder OUT/NAME-RECIPE with report.json and eval.json; the dense model's score is OUT/NAME-dense.json.
 What is finished stays, an interrupted compression resumes, and a run that fails is named in the end and does not stop
-the others. `--slim` deletes the tensors of a run once it is scored.
+the others. `--bench` also times each result beside dense and int4 (bench.json), which needs a machine without other
+work. `--slim` deletes the tensors of a run once it is measured.
 """
 
 from __future__ import annotations
@@ -33,17 +34,23 @@ def score(model: str | Path, result: Path, options: argparse.Namespace) -> bool:
     return result.is_file() or halfweight("eval", model, *settings, "--json", result)
 
 
+def time_speed(out: Path, dense: str, result: Path) -> bool:
+    """Time a checkpoint at batch 1, unless `result` is there."""
+    return result.is_file() or halfweight("bench", out, "--dense", dense, "--batch", "1", "--json", result)
+
+
 def run(name: str, model: str, recipe: str, options: argparse.Namespace) -> bool:
-    """Compress and score by one recipe, as far as that is not done; whether it is done now."""
+    """Compress and measure by one recipe, as far as that is not done; whether it is done now."""
     out = options.out / f"{name}-{Path(recipe).stem}"
-    if (out / "eval.json").is_file():
+    scored, timed = out / "eval.json", out / "bench.json"
+    if scored.is_file() and (timed.is_file() or not options.bench):
         return True
     begin = time.monotonic()
     console.rule(f"{name} by {recipe}")
     settings = ["--recipe", recipe, "--calibration", options.calibration, "--seed", str(options.seed)]
     if not (out.is_dir() or halfweight("compress", model, *settings, "--out", out)):
         return False
-    if not score(out, out / "eval.json", options):
+    if not (score(out, scored, options) and (not options.bench or time_speed(out, model, timed))):
         return False
     console.print(f"{name} by {recipe}: {time.monotonic() - begin:.0f} s")
     if options.slim:
@@ -62,7 +69,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens per scored window")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--slim", action="store_true", help="delete tensors when a run is scored")
+    parser.add_argument("--bench", action="store_true", help="time the results, too")
+    parser.add_argument("--slim", action="store_true", help="delete tensors when a run is measured")
     options = parser.parse_args()
     if bad := [model for model in options.models if "=" not in model]:
         raise SystemExit(f"error: {bad[0]}: needs the form NAME=DIR")

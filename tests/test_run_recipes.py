@@ -37,9 +37,15 @@ def test_runs_are_scored_and_kept_and_failures_named(
     assert read(folder / "eval.json")["windows"] == read(tmp_path / "tiny-dense.json")["windows"] == 2
     assert not list(folder.glob("*.safetensors")) and not list(tmp_path.glob("tiny-no-such-recipe*"))
 
-    def refuse(*command: object) -> bool:
-        raise AssertionError(command)
-
+    commands: list[tuple[object, ...]] = []
+    monkeypatch.setattr(module, "halfweight", lambda *command: bool(commands.append(command)) or True)
     arguments.remove("no-such-recipe")
-    monkeypatch.setattr(module, "halfweight", refuse)
     module.main()
+    assert not commands
+    arguments.append("--bench")
+    module.main()
+    timing = ("bench", folder, "--dense", str(llama), "--batch", "1", "--json", folder / "bench.json")
+    assert commands == [timing]
+    (folder / "bench.json").touch()
+    module.main()
+    assert commands == [timing]
