@@ -188,7 +188,7 @@ def make_files(rows: Sequence[Row], dense: dict[str, float], rivals: Sequence[Ri
         )
         parts.append(f"## {escape_markdown(model)}\n")
         for kind, chosen in PICTURES.items():
-            if drawn := [row for row in found if chosen(row) and not row["changes"]]:
+            if drawn := [row for row in found if chosen(row) and not row["changes"] and not behind_prompts(row)]:
                 picture = f"{''.join(c if c.isalnum() or c in '-.' else '-' for c in model)}-{kind}.svg"
                 beside = [rival for rival in rivals if rival["model"] == model and kind == "weights"]
                 files[picture] = draw(drawn, dense.get(model), beside)
@@ -204,6 +204,11 @@ def selects(row: Row) -> bool:
     return row.get("test", {}).get("bits_read") is not None
 
 
+def behind_prompts(row: Row) -> bool:
+    """Whether it was scored on what follows prompts, which are other tokens than those of other runs."""
+    return row.get("test", {}).get("prompt_tokens") is not None
+
+
 # Weights that are stored and weights that are read are far apart on one axis, and each has its own cluster of recipes.
 PICTURES: dict[str, Callable[[Row], bool]] = {"weights": lambda row: not selects(row), "selections": selects}
 
@@ -217,7 +222,8 @@ PROTOCOL = (
     "Bits are all bits stored for the decoder's linears over their weights; bits read are those of one token, where it"
     " selects its inputs. Text tokens are those a run calibrated and tuned on. Dev perplexity is on the last tenth of"
     " the calibration text, of which runs with more text take more, so it compares with the dense one beside it; test"
-    " perplexity on a text that nothing was tuned on (`halfweight eval`). The worst error is the largest share of"
+    " perplexity on a text that nothing was tuned on (`halfweight eval`), and * of what follows prompts of a quarter of"
+    " its windows, which choose the inputs: not to be compared with other rows. The worst error is the largest share of"
     " output energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model"
     " in its best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two"
     " CPU cores: with the threads that results.json names and, with one, beside other runs. A row is of the version"
@@ -240,7 +246,7 @@ def table(rows: Sequence[Row]) -> str:
                 size(row["bytes"]),
                 f"{row['dev']['compressed']:.2f}",
                 f"{row['dev']['dense']:.2f}",
-                "-" if test is None else f"{test['perplexity']:.2f}",
+                "-" if test is None else f"{test['perplexity']:.2f}" + (" \\*" if behind_prompts(row) else ""),
                 f"{row['worst_error']:.3f}",
                 "-" if speed is None else f"{speed['decode_tokens_per_second']:.1f}",
                 *(

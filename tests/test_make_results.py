@@ -127,6 +127,19 @@ def test_what_is_read_counts_where_tokens_select() -> None:
     assert script.bits({**row, "test": {"bits_read": 8.5}}) == 8.5
 
 
+def test_scores_behind_prompts_are_marked_and_not_drawn(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(artifact, tmp_path / "run", 33.25)
+    score = json.loads(scored(33.25)) | {"bits_read": 8.0, "prompt_tokens": 8}
+    (folder / "eval.json").write_text(json.dumps(score), encoding="utf-8")
+    run(monkeypatch, folder, "--out", tmp_path / "results")
+    page = (tmp_path / "results" / "README.md").read_text(encoding="utf-8")
+    cells = dict(zip(*(cells_of(page, start) for start in ("| recipe", "| small")), strict=True))
+    assert cells["test ppl"] == "33.25 \\*"
+    assert not list((tmp_path / "results").glob("*.svg"))
+
+
 def test_a_folder_without_a_report_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"^error: [^\n]*report\.json: no such file"):
         run(monkeypatch, tmp_path, "--out", tmp_path)

@@ -125,6 +125,7 @@ class Scored(_File):
     tokens: int
     seqlen: int
     bits_read: float | None = None
+    prompt_tokens: int | None = None
 
 
 class RivalRow(_File):
