@@ -59,7 +59,7 @@ def evaluate(
     """Perplexity of a dense or compressed model over non-overlapping windows of a text; or its scores on tasks, or its
     activation sparsity.
 
-    Finished tasks are kept; the same command goes on with the others.
+    Finished tasks are kept, and with --json FILE windows, in FILE.partial; the same command goes on with the others.
 
     Examples:
 
@@ -85,6 +85,9 @@ def evaluate(
         )
     if tasks is not None and activations is not None:
         raise InputError("--tasks and --activations, not both; run them one by one")
+    partial = None
+    if json is not None and (json.is_file() or not json.exists()):  # not a pipe
+        partial = json.with_name(json.name + ".partial")
     with progress_bars() as progress:
         source = resolve_model(
             model,
@@ -101,6 +104,7 @@ def evaluate(
                 dtype=dtype,
                 sparse_tokens=sparse_tokens,
                 prompt_tokens=prompt_tokens,
+                resume=partial,
                 progress=lambda done, total: progress(Progress("eval", done, total)),
             )
         if activations is not None:
@@ -111,6 +115,8 @@ def evaluate(
     elif tasks is None:
         measured = measured.model_copy(update={"model": source.name})
         write_json(json, measured)
+        if partial is not None:
+            partial.unlink()  # not before the result is written
         show_perplexity(measured)
     else:
         _tasks(source, tasks, results, limit, num_fewshot, batch_size, json, device, dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..serving.checkpoint import Checkpoint
-from ..serving.durable import disk_errors, sha256_of, write_text
+from ..serving.durable import append_line, disk_errors, read_lines, sha256_of, write_lines
 from ..serving.errors import InputError
 from . import writer
 from .world import ALONE, World
@@ -51,7 +49,7 @@ class Journal:
         else:
             for leftover in folder.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_text(self.file, "".join(json.dumps(e) + "\n" for e in [{"fingerprint": fingerprint}, *self.entries]))
+        write_lines(self.file, [{"fingerprint": fingerprint}, *self.entries])
 
     def _valid_prefix(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         valid = []
@@ -91,26 +89,8 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self.world.leads:
-            with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_line(self.file, entry)
         self.entries.append(self.world.shared(entry))
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that is damaged; none where there is no file."""
-    lines: list[dict[str, Any]] = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                break
-            if not isinstance(entry, dict):
-                break
-            lines.append(entry)
-    return lines
 
 
 def clear_scaffold(out: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
+from .resume import ScoredWindows
 from .selection import SPARSE_TOKENS, dense_tokens_of, prompt_tokens_of, selecting_tokens
 from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
 
@@ -24,7 +28,8 @@ class Perplexity(BaseModel):
     """Result of `evaluate`. `tokens` were scored: each of `windows` windows of `seqlen` scores all but its first.
 
     `bos` says whether the first token of every window was replaced by BOS; `standard_error` is of the perplexity, from
-    the spread of the windows' mean losses (None for one window); `seconds` excludes loading. Where linears select their
+    the spread of the windows' mean losses (None for one window); `seconds` excludes loading,
+    and windows that were scored before. Where linears select their
     inputs, the last share `sparse_tokens` of a window's tokens do, and read `bytes_read_fraction` (see `Reading`) of
     those linears each, which is `bits_read` per weight; all three are None for other models. `prompt_tokens` at the
     start of every window, if any, read every input and were not scored.
@@ -107,6 +112,7 @@ def evaluate(
     dtype: str = "auto",
     sparse_tokens: float = SPARSE_TOKENS,
     prompt_tokens: int | None = None,
+    resume: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a checkpoint folder, dense or compressed, on `text` (a file; default: the shipped held-out text).
@@ -115,10 +121,11 @@ def evaluate(
     (default: all) are scored; for tokenizers that add BOS, a window's first token is replaced by it. In linears that
     select their inputs, all but the last share `sparse_tokens` of a window's tokens read every input. With
     `prompt_tokens`, in place of that, a window begins with a prompt of so many tokens, which read every input and are
-    not scored; where a prompt chooses the inputs, that is a quarter of the window by default. `progress(done, total)`
-    is called after each window. Raises InputError for a bad folder, text, device, dtype or length of the prompt.
+    not scored; where a prompt chooses the inputs, that is a quarter of the window by default. `resume` is a file that
+    keeps the windows that are scored, until the caller deletes it: those of the same model, text and settings that are
+    in it are not scored again. `progress(done, total)` is called after each window. Raises InputError for a bad folder,
+    text, device, dtype or length of the prompt.
     """
-    import time
 
     tokenizer = load_tokenizer(model)
     tokens = tokenize(tokenizer, builtin_text("heldout") if text is None else read_text(text))
@@ -132,13 +139,16 @@ def evaluate(
         raise InputError(f"--prompt-tokens {prompt_tokens}: windows of {seqlen} tokens allow 1 to {seqlen - 2}")
     network = load(model, device, dtype)
     begin = time.monotonic()
-    losses = []
     dense_tokens = dense_tokens_of(seqlen, sparse_tokens) if prompt_tokens is None else prompt_tokens
     with selecting_tokens(network, dense_tokens) as reading:
+        settings = f"{dense_tokens} {prompt_tokens} {network.dtype} {network.device}"
+        scored = ScoredWindows(resume, _identity(checkpoint, chosen, settings), reading)
         for index, window in enumerate(chosen):
-            losses.append(window_losses(network, window)[prompt_tokens or 0 :].cpu())
+            if index >= len(scored.losses):
+                scored.add(window_losses(network, window)[prompt_tokens or 0 :].cpu(), reading)
             if progress is not None:
                 progress(index + 1, len(chosen))
+    losses = scored.losses
     perplexity, standard_error = summarize(losses)
     return Perplexity(
         model=str(model),
@@ -157,6 +167,14 @@ def evaluate(
         bits_read=reading.bits,
         prompt_tokens=prompt_tokens,
     )
+
+
+def _identity(checkpoint: Checkpoint, windows: Sequence[Tensor], settings: str) -> str:
+    """Tells the scores of a model on these windows from all others; SHA-256, hexadecimal."""
+    digest = hashlib.sha256(f"{checkpoint.stamp()} {settings} {version('torch')}".encode())
+    for window in windows:
+        digest.update(window.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_context(config: Any, seqlen: int) -> None:

@@ -61,26 +61,28 @@ class Reading:
     """What single tokens read of a model's selecting linears; grows as the model runs inside `selecting_tokens`."""
 
     def __init__(self) -> None:
-        self._read = self._whole = 0.0
-        self._weights = 0
+        # Bytes read, bytes of the weights, and weights, of every window and linear.
+        self.sums: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def add(self, module: CompressedLinear, inputs: float) -> None:
         """Count a window whose tokens read the share `inputs` of a linear's inputs on average."""
-        self._read += inputs * _weight_bytes(module) + _bytes_beside(module)
-        self._whole += _weight_bytes(module)
-        self._weights += prod(module.shape)
+        read, whole, weights = self.sums
+        read += inputs * _weight_bytes(module) + _bytes_beside(module)
+        self.sums = (read, whole + _weight_bytes(module), weights + prod(module.shape))
 
     @property
     def fraction(self) -> float | None:
         """Bytes read of the selecting linears, with thresholds, norms and branches, over the bytes of their weights
         alone, at one token at a time; None before a token was seen."""
-        return self._read / self._whole if self._whole else None
+        read, whole, _ = self.sums
+        return read / whole if whole else None
 
     @property
     def bits(self) -> float | None:
         """Bits read of the selecting linears, with what `fraction` counts, for every weight they have; None before a
         token was seen."""
-        return 8 * self._read / self._weights if self._weights else None
+        read, _, weights = self.sums
+        return 8 * read / weights if weights else None
 
 
 @contextmanager

@@ -32,7 +32,8 @@ import torch
 import transformers
 
 import halfweight.cli
-from halfweight.compress.journal import JOURNAL, read_lines
+from halfweight.compress.journal import JOURNAL
+from halfweight.serving.durable import read_lines
 
 WORDS = "the of and to in a is that it was for on are as with his they at be this from have or by one had not but"
 TIMED = ("report.json", "SHA256SUMS")

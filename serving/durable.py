@@ -1,13 +1,16 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; a failed write is one clear line."""
+"""Files that are whole or absent: written beside their place, synced, renamed; a failed write is one clear line. And
+files of JSON lines that grow line by line, of which what is whole counts."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -39,6 +42,34 @@ def write_text(file: Path, text: str) -> None:
     with disk_errors(file):
         temporary.write_text(text, encoding="utf-8")
         commit(temporary, file)
+
+
+def write_lines(file: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write `entries` to `file` atomically and durably, each a line of JSON. Raises RunError."""
+    write_text(file, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def append_line(file: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line of JSON to `file`, durably. Raises RunError."""
+    with disk_errors(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines up to the first that is damaged; none where there is no file."""
+    lines: list[dict[str, Any]] = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                break
+            if not isinstance(entry, dict):
+                break
+            lines.append(entry)
+    return lines
 
 
 def commit(temporary: Path, file: Path) -> None:

@@ -27,6 +27,7 @@ from halfweight.compress.memory import is_out_of_memory
 from halfweight.compress.passes import PASSES
 from halfweight.compress.passes.base import PruneResult
 from halfweight.compress.report import Progress
+from halfweight.serving.durable import read_lines
 from runs import BLOCKS, change_tensor, contents, fails, parsed, partial_of
 
 # --- disks ---------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_ctrl_c_twice_is_one_line_and_resumes(
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = ["compress", dense, "--recipe", whole / "recipe.yaml", "--out", out]
     child = load_script("kill_resume").start([*map(str, arguments)], log)
-    while len(journal.read_lines(partial_of(out) / writer.JOURNAL)) < 2:  # a fingerprint and a block
+    while len(read_lines(partial_of(out) / writer.JOURNAL)) < 2:  # a fingerprint and a block
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.005)
     os.kill(child, signal.SIGINT)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import halfweight
-from halfweight import InputError, Recipe, compress_checkpoint
+from commands import Cli, Result, ok, read
+from halfweight import InputError, Recipe, RunError, compress_checkpoint
 from halfweight.compress.plan import plan
 from halfweight.compress.target import with_removed
-from halfweight.eval.perplexity import evaluate
+from halfweight.eval import perplexity
+from halfweight.eval.perplexity import evaluate, window_losses
 from halfweight.eval.selection import inputs_read, selecting_tokens
 from halfweight.serving.linear import CompressedLinear, SelectingLinear
 from halfweight.serving.scheme import IntegerScheme, LinearScheme, SelectionScheme
@@ -245,6 +247,43 @@ def test_scoring_says_what_was_selected(selected: Path, llama: Path, text_file: 
     every = evaluate(selected, text_file, windows=2, seqlen=100, sparse_tokens=0.0)
     assert every.perplexity == pytest.approx(dense.perplexity, rel=1e-5) and every.bytes_read_fraction is None
     assert result.perplexity != pytest.approx(dense.perplexity, rel=1e-4)
+
+
+def test_interrupted_scoring_goes_on_and_ends_alike(
+    selected: Path, text_file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[float] = []
+
+    def score(stop: int, *flags: Any) -> Result:
+        """`eval` of four windows, stopped when it has scored `stop`."""
+
+        def losses(model: Any, window: Tensor) -> Tensor:
+            if len(scored) == stop:
+                raise RunError("stopped")
+            found = window_losses(model, window)
+            scored.append(float(found.mean()))
+            return found
+
+        scored.clear()
+        monkeypatch.setattr(perplexity, "window_losses", losses)
+        return cli("eval", selected, "--text", text_file, "--windows", 4, "--seqlen", 60, *flags)
+
+    def numbers(file: Path) -> dict[str, Any]:
+        return {key: value for key, value in read(file).items() if key != "seconds"}
+
+    file, partial = tmp_path / "eval.json", tmp_path / "eval.json.partial"
+    ok(score(4, "--json", tmp_path / "whole.json"))
+    assert score(3, "--json", file).err.endswith("error: stopped\n")
+    with partial.open("r+", encoding="utf-8") as stream:  # the last line as a crash may leave it
+        stream.truncate(partial.stat().st_size - 5)
+    ok(score(2, "--json", file))
+    assert len(scored) == 2
+    assert numbers(file) == numbers(tmp_path / "whole.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "whole.json"]
+    score(3, "--json", file)
+    ok(score(4, "--json", file, "--sparse-tokens", 0.5))  # other settings: none of the three counts
+    assert len(scored) == 4
+    assert read(file)["sparse_tokens"] == 0.5
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(
