@@ -131,12 +131,10 @@ def test_the_plan_knows_the_budget(dense: Path, text_file: Path, cli: Cli, tmp_p
 
 _PEAKS = """
 import gc, json, sys
+from functools import partial
 import torch
 import halfweight
-
-def status(key):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+from halfweight.eval.timing import memory_growth
 
 torch.set_num_threads(1)
 recipe, model, out = halfweight.Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -144,16 +142,10 @@ halfweight.compress_checkpoint(model, recipe.with_calibration(samples=4), out + 
 grown = []
 for budget in (1e-6, None):
     gc.collect()
-    before = status("VmRSS:")
-    try:
-        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-    except OSError:
-        print("null")
-        sys.exit()
-    halfweight.compress_checkpoint(model, recipe, f"{out}-{budget}", activation_memory=budget)
-    grown.append(status("VmHWM:") - before)
+    work = partial(halfweight.compress_checkpoint, model, recipe, f"{out}-{budget}", activation_memory=budget)
+    grown.append(memory_growth(torch.device("cpu"), work))
 plan = halfweight.plan(model, recipe)
-print(json.dumps([*grown, plan.activations_gb * 1e9]))
+print("null" if None in grown else json.dumps([*grown, plan.activations_gb * 1e9]))
 """
 
 
