@@ -282,8 +282,14 @@ def draw(rows: Sequence[Row], dense: float | None, rivals: Sequence[Rival]) -> s
     axes = figure.add_subplot()
     axes.set_yscale("log")
     axes.axhline(level, linestyle="--", color="0.5", linewidth=1)
-    axes.annotate(
-        f"dense, {level:.2f}", (0.01, level), xycoords=("axes fraction", "data"), va="bottom", color="0.4", fontsize=9
+    axes.annotate(  # to the right, where few bits are far
+        f"dense, {level:.2f}",
+        (0.99, level),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        color="0.4",
+        fontsize=9,
     )
     axes.plot(*zip(*front([point[:2] for point in own]), strict=True), color="0.85", linewidth=4, zorder=0)
     for (kind, color, marker), drawn in kinds.items():
