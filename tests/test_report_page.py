@@ -122,6 +122,17 @@ def test_runs_on_other_text_are_marked_and_left_out_of_the_plot(finished: Path, 
     assert "measured on another model or text" in html and "Quality against bits" not in html
 
 
+def test_scores_say_what_tokens_read_where_they_select(finished: Path, tmp_path: Path) -> None:
+    plain = {"model": "plain", "text": "t", "perplexity": 20.0, "tokens": 9, "seqlen": 10}
+    files = [tmp_path / "plain.json", tmp_path / "selecting.json"]
+    for file, score in zip(files, (plain, plain | {"model": "selecting", "bits_read": 8.25}), strict=True):
+        file.write_text(json.dumps(score), encoding="utf-8")
+    assert "bits read" not in write_page(finished, scored=files[:1])[1].read_text(encoding="utf-8")
+    page = write_page(finished, scored=files)[1].read_text(encoding="utf-8")
+    assert "window | bits read |" in page
+    assert "| selecting | t | 20.000 | 9 | 10 | 8.25 |" in page and "| plain | t | 20.000 | 9 | 10 | - |" in page
+
+
 def test_the_page_asks_for_nothing(finished: Path, artifact: Path, benched: Path, rivals: Path) -> None:
     html, _ = full_page(finished, benched, rivals, artifact)
     for tag, attributes in Tags(html).tags:

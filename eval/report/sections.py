@@ -70,6 +70,7 @@ def headline(sources: Sources) -> Section:
 
 
 def _scores(sources: Sources) -> Table:
+    selecting = any(score.bits_read is not None for score in sources.scored)
     rows = [
         [
             score.model,
@@ -77,10 +78,19 @@ def _scores(sources: Sources) -> Table:
             f"{score.perplexity:.3f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.3f}"),
             str(score.tokens),
             str(score.seqlen),
+            *(["-" if score.bits_read is None else f"{score.bits_read:.2f}"] if selecting else []),
         ]
         for score in sources.scored
     ]
-    return Table("Evaluated", ("model", "text", "perplexity ± standard error", "tokens", "window"), rows, 2)
+    headers = [
+        "model",
+        "text",
+        "perplexity ± standard error",
+        "tokens",
+        "window",
+        *(["bits read"] if selecting else []),
+    ]
+    return Table("Evaluated", headers, rows, 2)
 
 
 def quality(sources: Sources) -> Section | None:
