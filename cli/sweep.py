@@ -92,7 +92,7 @@ def show(report: SweepReport) -> None:
     """Perplexity over dense by density, one row per method and pattern, with the knees."""
     columns = sorted({point.density for point in report.points}, reverse=True)
     kept = [f"{density:g}" for density in columns]
-    rows = table("perplexity / dense, by kept share", "method", "pattern", *kept, "1 %", "5 %", "bend", left=2)
+    rows = table("perplexity / dense, by kept share", "", *kept, "1 %", "5 %", "bend")
     found = {(point.method, point.pattern, point.density): point for point in report.points}
     curves = {(curve.method, curve.pattern): curve for curve in report.curves}
     for method, pattern in dict.fromkeys((point.method, point.pattern) for point in report.points):
@@ -101,7 +101,9 @@ def show(report: SweepReport) -> None:
         if curve is not None:
             bend = "-" if curve.shape is None else f"{100 * curve.shape:g} %"
             knees = [f"{100 * curve.tolerance_1:g} %", f"{100 * curve.tolerance_5:g} %", bend]
-        rows.add_row(method, pattern, *(_ratio(found.get((method, pattern, density))) for density in columns), *knees)
+        rows.add_row(
+            f"{method} {pattern}", *(_ratio(found.get((method, pattern, density))) for density in columns), *knees
+        )
     out.print(rows)
     for skipped in report.skipped:
         say(f"skipped {skipped.method} {skipped.pattern}: {skipped.reason}")
@@ -118,4 +120,4 @@ def show(report: SweepReport) -> None:
 def _ratio(point: SweepPoint | None) -> str:
     if point is None:
         return ""
-    return f"{point.ratio:.3f}" if point.ratio < 100 else f"{point.ratio:.1e}"
+    return f"{point.ratio:.3f}" if point.ratio < 100 else f"{point.ratio:.0e}"

@@ -12,6 +12,8 @@ from ..serving.durable import commit, disk_errors
 from ..serving.errors import InputError
 from .metrics import shape_knee, tolerance_knee
 
+_CONTROLS = ("random", "erk-random")
+
 
 class SweepPoint(BaseModel):
     """The whole model pruned by `method` to `density` (kept share of the decoder linears' weights) in `pattern`.
@@ -108,27 +110,33 @@ def require_matplotlib() -> None:
 
 
 def plot_sweep(report: SweepReport, file: Path) -> None:
-    """Perplexity ratio (log scale) against sparsity, a line per method and pattern, knees marked; SVG, PNG or PDF."""
+    """Perplexity ratio (log scale) against sparsity, a line per method and pattern, knees marked; SVG, PNG or PDF.
+
+    Controls leave the picture where they would press everything else to its bottom.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     labels: dict[tuple[str, str], Any] = {}
+    bottom, top = limits(report.points)
     for number, (method, pattern) in enumerate(dict.fromkeys((p.method, p.pattern) for p in report.points)):
         own = sorted((p for p in report.points if (p.method, p.pattern) == (method, pattern)), key=lambda p: p.sparsity)
         color = f"C{number % 10}"
-        control = method in ("random", "erk-random")
+        above = " (above)" if all(p.ratio > top for p in own) else ""
+        control = method in _CONTROLS
         line = {"linestyle": ":" if control else "-", "linewidth": 1.4} if len(own) > 1 else {"linestyle": "none"}
         labels[method, pattern] = color
         axes.errorbar(
             [100 * p.sparsity for p in own],
             [p.ratio for p in own],
-            yerr=[p.ratio_standard_error or 0.0 for p in own],
+            yerr=[0.0 if p.ratio > top else p.ratio_standard_error or 0.0 for p in own],
             marker="o" if len(own) > 1 else "D",
             markersize=4 if len(own) > 1 else 6,
             capsize=2,
             color=color,
-            label=f"{method} {pattern}",
+            label=f"{method} {pattern}{above}",
             **line,
         )
     for curve in report.curves:
@@ -141,19 +149,29 @@ def plot_sweep(report: SweepReport, file: Path) -> None:
     axes.axhline(1.05, color="0.5", linewidth=0.8, linestyle="--")
     axes.annotate("5 %", (1, 1.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
     axes.set_yscale("log")
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("sparsity of the decoder linears, %")
     axes.set_ylabel("perplexity / dense")
     axes.set_title(
-        f"How far {report.model} can be pruned (dense perplexity {report.dense_perplexity:.2f};\n"
+        f"How far {Path(report.model).name} can be pruned (dense perplexity {report.dense_perplexity:.2f};\n"
         "circle: last point within 5 %, triangle: bend of the curve)",
         fontsize=10,
     )
-    axes.grid(True, which="major", alpha=0.3)
+    axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     temporary = file.with_name(f".{file.name}.tmp")
     with disk_errors(file):
         figure.savefig(temporary, format=file.suffix.removeprefix("."), dpi=150)
         commit(temporary, file)
+
+
+def limits(points: Sequence[SweepPoint]) -> tuple[float, float]:
+    """The ratios between which everything but controls lies, with some room; all points where there is nothing else."""
+    ratios = [p.ratio for p in points if p.method not in _CONTROLS] or [p.ratio for p in points]
+    return 0.8 * min(1.0, *ratios), 1.6 * max(1.1, *ratios)
 
 
 def _same(point: SweepPoint, curve: SweepCurve) -> bool:

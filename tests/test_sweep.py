@@ -18,7 +18,7 @@ from halfweight.compress.cells import Cell, erk_densities, plan_cells, prune
 from halfweight.compress.recipe import Calibration
 from halfweight.compress.report import Progress
 from halfweight.compress.statistics import InputStatistics
-from halfweight.eval.sweep_report import SweepPoint, curves_of
+from halfweight.eval.sweep_report import SweepPoint, curves_of, limits
 from halfweight.eval.text import consecutive_windows, read_text, tokenize
 
 SEQLEN, WINDOWS = 32, 4
@@ -211,6 +211,17 @@ def test_curves_need_two_points() -> None:
     assert (curve.tolerance_1, curve.tolerance_5, curve.shape) == (0.1, 0.3, 0.5)
     (flat,) = curves_of([point("unstructured", d, 0.99) for d in (0.9, 0.8)])
     assert (flat.tolerance_1, flat.shape) == (0.2, None)
+
+
+def test_controls_do_not_press_the_rest_to_the_bottom_of_the_picture() -> None:
+    def point(method: str, ratio: float) -> SweepPoint:
+        return SweepPoint(
+            method=method, pattern="2:4", density=0.5, perplexity=ratio, ratio=ratio, ratio_standard_error=None
+        )
+
+    bottom, top = limits([point("wanda", 8.0), point("admm", 0.9), point("random", 1e6)])
+    assert bottom < 0.9 and 8 < top < 80
+    assert limits([point("random", 1e6)])[1] > 1e6
 
 
 def test_what_cannot_be_swept_is_one_line(llama: Path, tmp_path: Path, cli: Cli, text_file: Path) -> None:
