@@ -88,7 +88,7 @@ def test_an_interrupt_is_one_line_and_the_same_command_resumes(
         patch.setattr(writer, "write_part", interrupted)
         result = cli(*command)
     assert result.code == 130
-    assert "resumes" in result.err.splitlines()[-1]
+    assert "go on with the same command" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
     ok(cli(*command))
