@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,9 @@ def plot_sweep(report: SweepReport, file: Path) -> None:
 
 def limits(points: Sequence[SweepPoint]) -> tuple[float, float]:
     """The ratios between which everything but controls lies, with some room; all points where there is nothing else."""
-    ratios = [p.ratio for p in points if p.method not in _CONTROLS] or [p.ratio for p in points]
-    return 0.8 * min(1.0, *ratios), 1.6 * max(1.1, *ratios)
+    finite = [point for point in points if math.isfinite(point.ratio)]
+    ratios = [p.ratio for p in finite if p.method not in _CONTROLS] or [p.ratio for p in finite]
+    return 0.8 * min([1.0, *ratios]), 1.6 * max([1.1, *ratios])
 
 
 def _same(point: SweepPoint, curve: SweepCurve) -> bool:

@@ -222,6 +222,8 @@ def test_controls_do_not_press_the_rest_to_the_bottom_of_the_picture() -> None:
     bottom, top = limits([point("wanda", 8.0), point("admm", 0.9), point("random", 1e6)])
     assert bottom < 0.9 and 8 < top < 80
     assert limits([point("random", 1e6)])[1] > 1e6
+    assert limits([point("wanda", 8.0), point("magnitude", math.nan)]) == limits([point("wanda", 8.0)])
+    assert limits([point("wanda", math.nan)]) == limits([point("wanda", 1.0)])
 
 
 def test_what_cannot_be_swept_is_one_line(llama: Path, tmp_path: Path, cli: Cli, text_file: Path) -> None:
