@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import human_bytes, human_seconds, out, progress_bars, table, write_json
+from .output import human_bytes, human_seconds, out, partial_of, progress_bars, table, write_json
 
 if TYPE_CHECKING:
     from ..eval.compare import Comparison, ModelRow
@@ -46,6 +46,9 @@ def compare(
 ) -> None:
     """Compressed models beside their dense original: perplexity, tasks, agreement, bits, size and speed.
 
+    Finished tasks are kept, and with --json FILE the other scores of finished models, in FILE.partial; the same command
+    goes on with the others.
+
     Examples:
 
         halfweight compare demo smollm2-2of4 smollm2-w4
@@ -77,6 +80,7 @@ def compare(
             batch_size=options.batch_size(batch_size),
             device=device,
             dtype=dtype,
+            resume=partial_of(json),
             progress=lambda name, done, total: progress(Progress(name, done, total)),
         )
     write_json(json, result)

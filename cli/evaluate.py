@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import human_seconds, out, progress_bars, say, table, write_json
+from .output import human_seconds, out, partial_of, progress_bars, say, table, write_json
 
 if TYPE_CHECKING:
     from ..compress.report import OnProgress
@@ -85,9 +85,6 @@ def evaluate(
         )
     if tasks is not None and activations is not None:
         raise InputError("--tasks and --activations, not both; run them one by one")
-    partial = None
-    if json is not None and (json.is_file() or not json.exists()):  # not a pipe
-        partial = json.with_name(json.name + ".partial")
     with progress_bars() as progress:
         source = resolve_model(
             model,
@@ -104,7 +101,7 @@ def evaluate(
                 dtype=dtype,
                 sparse_tokens=sparse_tokens,
                 prompt_tokens=prompt_tokens,
-                resume=partial,
+                resume=partial_of(json),
                 progress=lambda done, total: progress(Progress("eval", done, total)),
             )
         if activations is not None:
@@ -115,8 +112,6 @@ def evaluate(
     elif tasks is None:
         measured = measured.model_copy(update={"model": source.name})
         write_json(json, measured)
-        if partial is not None:
-            partial.unlink()  # not before the result is written
         show_perplexity(measured)
     else:
         _tasks(source, tasks, results, limit, num_fewshot, batch_size, json, device, dtype)

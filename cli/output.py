@@ -16,7 +16,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..compress.report import OnProgress, Progress
-from ..serving.errors import RunError
 
 out = Console()
 err = Console(stderr=True)
@@ -55,14 +54,29 @@ def say(message: str) -> None:
     err.print(escape(message), soft_wrap=True, highlight=False)
 
 
+def partial_of(json: Path | None) -> Path | None:
+    """Where a command keeps its finished pieces until `json` is written: beside it, unless that is a pipe or device."""
+    return json.with_name(json.name + ".partial") if json is not None and _is_plain(json) else None
+
+
 def write_json(file: Path | None, result: BaseModel) -> None:
-    """Write `result` to `file` unless it is None; raises RunError when the file cannot be written."""
+    """Write `result` to `file` unless it is None, and delete its `partial_of`; raises RunError when it cannot be
+    written."""
     if file is None:
         return
-    try:
-        file.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}") from None
+    from ..serving.durable import disk_errors, write_text
+
+    text = result.model_dump_json(indent=2) + "\n"
+    if not _is_plain(file):
+        with disk_errors(file):
+            file.write_text(text, encoding="utf-8")
+        return
+    write_text(file, text)
+    file.with_name(file.name + ".partial").unlink(missing_ok=True)  # not before the result is there
+
+
+def _is_plain(file: Path) -> bool:
+    return file.is_file() or not file.exists()
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:

@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor
 from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.inspect import inspect_checkpoint
-from ..serving.load import load, load_tokenizer
+from ..serving.load import load, load_tokenizer, resolve_device, resolve_dtype, stored_dtype
 from ..serving.skeleton import load_config
 from ..serving.warmup import warmup
 from .agreement import Reference, TextScores, generate, join, reference, score_window, shared_tokens
 from .fit import require_fit
 from .perplexity import check_context, decode, summarize
+from .resume import Kept, identity_of
 from .selection import dense_tokens_of, require_scored_apart, selecting_tokens
 from .significance import Difference, mean_and_error, paired_difference
 from .task_results import TaskResult, document_scores
@@ -99,6 +101,14 @@ class Comparison(BaseModel):
     seconds: float
 
 
+class _Scored(BaseModel):
+    """What is kept of a model that is scored: its row, losses per window (nats) and generated tokens per prompt."""
+
+    row: ModelRow
+    losses: list[list[float]]
+    generated: list[list[int]]
+
+
 def compare(
     dense: str | Path,
     models: Sequence[str | Path],
@@ -117,13 +127,16 @@ def compare(
     batch_size: int | str = 1,
     device: str = "auto",
     dtype: str = "auto",
+    resume: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Compare checkpoint folders `models` with the `dense` one they come from, on `text` (default: the shipped held-out
     text) and on `tasks`, whose results go to `out`/MODEL and are not computed twice; with `speed`, time them too.
 
-    Two models are in memory at a time. `progress(what, done, total)` is called as windows are scored. Raises InputError
-    for bad folders, models of another vocabulary or tokenizer, and models that do not fit in memory together.
+    Two models are in memory at a time. `resume` is a file that keeps the models that are scored, until the caller
+    deletes it: with the same models, text and settings they are not scored again. `progress(what, done, total)` is
+    called as windows are scored. Raises InputError for bad folders, models of another vocabulary or tokenizer, and
+    models that do not fit in memory together.
     """
     begin = time.monotonic()
     if tasks and out is None:
@@ -139,32 +152,27 @@ def compare(
         require_fit([dense, path], device, dtype)
     show = progress or (lambda what, done, total: None)
 
-    rows: list[ModelRow] = []
+    where = resolve_device(device)
+    computed = resolve_dtype(dtype, where, stored_dtype(Checkpoint(dense)))
+    settings = f"{prompts} {prompt_tokens} {new_tokens} {computed} {where}"
+    kept = Kept(resume, identity_of(paths, chosen, settings))
+    scored = [_Scored(**line) for line in kept.lines]
     base: Reference | None = None
-    base_scores: TextScores | None = None
-    base_tokens: list[list[int]] = []
-    for name, path in zip(names, paths, strict=True):
+    for name, path in list(zip(names, paths, strict=True))[len(scored) :]:
         model, seconds = _timed_load(path, device, dtype)
         if base is None:
-            base = reference(model, chosen)
-        parts = []
-        with selecting_tokens(model, dense_tokens_of(seqlen)):
-            for number, window in enumerate(chosen):
-                parts.append(_score(model, window, base, number))
-                show(name, number + 1, len(chosen))
-        scores = join(parts)
-        tokens = generate(model, chosen[:prompts], prompt_tokens, new_tokens)
-        if base_scores is None:
-            base_scores, base_tokens = scores, tokens
-            computed = str(model.dtype).removeprefix("torch."), str(model.device)
-            against = None
-        else:
-            against = _against(scores, base_scores, shared_tokens(base_tokens, tokens), new_tokens)
-        rows.append(_row(name, path, seconds, scores, against))
+            base = reference(load(dense, device, dtype) if scored else model, chosen)
+        scores = _score(model, chosen, base, partial(show, name))
+        generated = generate(model, chosen[:prompts], prompt_tokens, new_tokens)
+        against = _against(scores, generated, scored[0]) if scored else None
+        losses = [window.tolist() for window in scores.losses]
+        scored.append(_Scored(row=_row(name, path, seconds, scores, against), losses=losses, generated=generated))
+        kept.add(scored[-1].model_dump())
         del model
         gc.collect()  # modules refer to themselves; the next model needs the memory
     del base
 
+    rows = [one.row for one in scored]
     speed_prompt = min(SPEED_PROMPT, seqlen - new_tokens) if speed else 0
     if speed:
         _add_speed(rows, paths, chosen[0][:speed_prompt], new_tokens, device, dtype, show)
@@ -183,8 +191,8 @@ def compare(
         speed_prompt=speed_prompt,
         limit=limit,
         num_fewshot=num_fewshot,
-        dtype=computed[0],
-        device=computed[1],
+        dtype=str(computed).removeprefix("torch."),
+        device=str(where),
         versions={name: version(name) for name in ("torch", "transformers")},
         seconds=time.monotonic() - begin,
     )
@@ -228,15 +236,22 @@ def _timed_load(path: Path, device: str, dtype: str) -> tuple[Any, float]:
     return model, time.monotonic() - begin
 
 
-def _score(model: Any, window: Tensor, base: Reference, number: int) -> TextScores:
-    """Scores of one window; against the dense model unless `model` is that."""
-    if model is base.model:
-        return score_window(model, window, base.outputs[number], None)
-    return score_window(model, window, decode(model, window), (base.model, base.outputs[number]))
+def _score(model: Any, windows: Sequence[Tensor], base: Reference, show: Callable[[int, int], None]) -> TextScores:
+    """Scores of all windows, against the dense model unless `model` is that; `show(done, total)` after each."""
+    parts = []
+    with selecting_tokens(model, dense_tokens_of(len(windows[0]))):
+        for number, (window, dense) in enumerate(zip(windows, base.outputs, strict=True)):
+            if model is base.model:
+                parts.append(score_window(model, window, dense, None))
+            else:
+                parts.append(score_window(model, window, decode(model, window), (base.model, dense)))
+            show(number + 1, len(windows))
+    return join(parts)
 
 
-def _against(scores: TextScores, dense: TextScores, shared: Sequence[int], new: int) -> Against:
-    paired = [float((a - b).mean()) for a, b in zip(scores.losses, dense.losses, strict=True)]
+def _against(scores: TextScores, generated: Sequence[Sequence[int]], dense: _Scored) -> Against:
+    paired = [float((a - torch.tensor(b)).mean()) for a, b in zip(scores.losses, dense.losses, strict=True)]
+    shared, new = shared_tokens(dense.generated, generated), len(generated[0])
     log_ratio, log_error = mean_and_error(paired)
     kl, kl_error = mean_and_error([float(window.mean()) for window in scores.divergence])
     ratio = math.exp(log_ratio)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from ..serving.checkpoint import Checkpoint
 from ..serving.errors import InputError
 from ..serving.load import load, load_tokenizer
 from ..serving.skeleton import context_length, load_config, logit_chunk
-from .resume import ScoredWindows
+from .resume import Kept, ScoredWindows, identity_of
 from .selection import SPARSE_TOKENS, dense_tokens_of, prompt_tokens_of, selecting_tokens
 from .text import bos_token, builtin_text, exact_windows, read_text, tokenize
 
@@ -142,7 +140,7 @@ def evaluate(
     dense_tokens = dense_tokens_of(seqlen, sparse_tokens) if prompt_tokens is None else prompt_tokens
     with selecting_tokens(network, dense_tokens) as reading:
         settings = f"{dense_tokens} {prompt_tokens} {network.dtype} {network.device}"
-        scored = ScoredWindows(resume, _identity(checkpoint, chosen, settings), reading)
+        scored = ScoredWindows(Kept(resume, identity_of([model], chosen, settings)), reading)
         for index, window in enumerate(chosen):
             if index >= len(scored.losses):
                 scored.add(window_losses(network, window)[prompt_tokens or 0 :].cpu(), reading)
@@ -167,14 +165,6 @@ def evaluate(
         bits_read=reading.bits,
         prompt_tokens=prompt_tokens,
     )
-
-
-def _identity(checkpoint: Checkpoint, windows: Sequence[Tensor], settings: str) -> str:
-    """Tells the scores of a model on these windows from all others; SHA-256, hexadecimal."""
-    digest = hashlib.sha256(f"{checkpoint.stamp()} {settings} {version('torch')}".encode())
-    for window in windows:
-        digest.update(window.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_context(config: Any, seqlen: int) -> None:

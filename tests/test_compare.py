@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import halfweight
-from commands import Cli, ok, one_line, read
+from commands import Cli, Result, ok, one_line, read
 from halfweight.eval import compare as comparing
 from halfweight.eval.compare import Comparison
 from halfweight.eval.metrics import calibration_error
 from halfweight.eval.significance import mcnemar, paired_difference, sign_flip
 from halfweight.eval.text import consecutive_windows, read_text, tokenize
 from halfweight.eval.timing import Spread
+from halfweight.serving.errors import RunError
 from halfweight.serving.linear import CompressedWeight
 
 SEQLEN, WINDOWS, NEW = 48, 5, 6
@@ -137,6 +139,45 @@ def test_command_line(llama: Path, compressed: Path, text_file: Path, tmp_path: 
     assert result.out.count("x dense)") == 2
     quiet = ok(cli("compare", llama, compressed, *flags, "--no-speed"))
     assert "x dense)" not in quiet.out
+
+
+def test_an_interrupted_comparison_goes_on_with_the_next_model(
+    llama: Path, compressed: Path, text_file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+    score = comparing.score_window
+
+    def stops_after(count: int) -> None:
+        def window(model: Any, *arguments: Any) -> Any:
+            if len(scored) == count:
+                raise RunError("stopped")
+            scored.append(str(model.dtype))
+            return score(model, *arguments)
+
+        scored.clear()
+        monkeypatch.setattr(comparing, "score_window", window)
+
+    def run(name: str, *more: object) -> Result:
+        flags = ("--text", text_file, "--windows", 2, "--seqlen", 64, "--new-tokens", 4, "--no-speed")
+        return cli("compare", llama, compressed, llama, *flags, "--json", tmp_path / name, *more)
+
+    def numbers(name: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = read(tmp_path / name)["models"]
+        return [{key: value for key, value in row.items() if key != "load_seconds"} for row in rows]
+
+    stops_after(6)
+    ok(run("whole.json"))
+    stops_after(5)  # in the last model
+    assert run("c.json").err.endswith("error: stopped\n")
+    stops_after(2)
+    ok(run("c.json"))
+    assert numbers("c.json") == numbers("whole.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "whole.json"]
+    stops_after(5)
+    run("c.json")
+    stops_after(6)
+    ok(run("c.json", "--new-tokens", 5))  # other settings: no model counts
+    assert len(scored) == 6
 
 
 def test_bad_input_is_one_line(
