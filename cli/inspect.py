@@ -64,7 +64,9 @@ def inspect(
 
 
 def _runs_on(layer: LayerInfo) -> str:
-    """The kernels that would run, or why none would."""
+    """The kernels that would run, or why none or others would."""
     if layer.backend is None:
         return "dense"
+    if layer.form is not None:
+        return str(layer.reason)
     return f"{layer.backend}: {layer.reason}" if layer.backend == "reference" else layer.backend

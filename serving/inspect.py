@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from . import verdicts
 from .checkpoint import Checkpoint, TensorInfo, read_json
 from .linear import CompressedWeight
 from .load import resolve_device, resolve_dtype, stored_dtype
@@ -27,7 +28,8 @@ class LayerInfo(BaseModel):
     """One decoder linear, or quantized embedding or head, `[N, K]`. `density` is the measured fraction of non-zeros,
     `bits` are stored per weight, both with a low-rank branch in the bits alone. `error` is the relative error that
     compression reported: of a linear's outputs on held-out text, of a table's weights (None for an untouched layer).
-    When a device was asked for, `backend` and `reason` say what would run a compressed linear there."""
+    When a device was asked for, `backend` and `reason` say what would run a compressed linear there, and `form` as what
+    where a speed verdict for decoding one sequence has another form than the stored one."""
 
     name: str
     shape: tuple[int, int]
@@ -38,6 +40,7 @@ class LayerInfo(BaseModel):
     error: float | None
     backend: str | None = None
     reason: str | None = None
+    form: str | None = None
 
 
 class Inspection(BaseModel):
@@ -63,10 +66,10 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Inspect a checkpoint folder, dense or compressed. Reads each linear once; raises InputError for a bad folder.
 
-    With a `device`, also what would run each compressed linear there on activations of `dtype`.
+    With a `device`, also what would run each compressed linear there on activations of `dtype`, speed verdicts heeded.
     """
     checkpoint = Checkpoint(path)
-    where = None if device is None else resolve_device(device)
+    place = _place(checkpoint, device, dtype)
     artifact = checkpoint.artifact
     model = build_skeleton(checkpoint, torch.float32)
     prefix, _ = find_blocks(model)
@@ -103,7 +106,7 @@ def inspect_checkpoint(
                 density=non_zeros / (shape[0] * shape[1]),
                 bits=bits / (shape[0] * shape[1]),
                 error=errors.get(name),
-                **_runs(module, scheme, shape, where, checkpoint, dtype),
+                **_runs(module, scheme, shape, place, f"{checkpoint.path / verdicts.FILE}: {name}"),
             )
         )
         if progress is not None:
@@ -142,20 +145,39 @@ def _non_zeros(table: Table) -> int:
     return sum(int(table.read(part, torch.float32).count_nonzero()) for part in parts)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where linears would run, and the speed verdicts that the folder holds for it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    entry: verdicts.Entry | None
+
+
+def _place(checkpoint: Checkpoint, device: str | None, dtype: str) -> _Place | None:
+    if device is None:
+        return None
+    where = resolve_device(device)
+    computed = resolve_dtype(dtype, where, stored_dtype(checkpoint))
+    return _Place(where, computed, verdicts.find(checkpoint.path, where, computed, tokens=1))
+
+
 def _runs(
-    module: nn.Module,
-    scheme: LinearScheme | None,
-    shape: tuple[int, int],
-    device: torch.device | None,
-    checkpoint: Checkpoint,
-    dtype: str,
+    module: nn.Module, scheme: LinearScheme | None, shape: tuple[int, int], place: _Place | None, where: str
 ) -> dict[str, str]:
-    """`backend` and `reason` for a compressed linear on `device`."""
-    if scheme is None or device is None:
+    """`backend`, `reason` and `form` for a compressed linear at `place`."""
+    if scheme is None or place is None:
         return {}
-    op = module.op if isinstance(module, CompressedWeight) else None
-    choice = expect("", scheme, shape, resolve_dtype(dtype, device, stored_dtype(checkpoint)), device, op)
-    return {"backend": choice.backend, "reason": choice.reason}
+    op = module.op if isinstance(module, CompressedWeight) else scheme.op
+    change = None if place.entry is None else verdicts.form_of(place.entry, op, scheme, shape, where)
+    if change is None:
+        choice = expect("", scheme, shape, place.dtype, place.device, op)
+        return {"backend": choice.backend, "reason": choice.reason}
+    form, reason = change
+    if form == "dense":
+        return {"backend": "dense", "reason": reason, "form": form}
+    choice = expect("", verdicts.int4_scheme(scheme), shape, place.dtype, place.device)
+    return {"backend": choice.backend, "reason": f"{choice.reason}; {reason}", "form": form}
 
 
 def _numbers(scheme: LinearScheme | None, stored: Mapping[str, TensorInfo]) -> str:

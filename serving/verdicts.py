@@ -138,40 +138,56 @@ def find(folder: Path, device: torch.device, dtype: torch.dtype, tokens: int) ->
     return next((entry for entry in entries if (entry.device, entry.dtype, entry.tokens) == wanted), None)
 
 
+def form_of(
+    entry: Entry, op: str, scheme: LinearScheme, shape: tuple[int, int], where: str
+) -> tuple[Choice, str] | None:
+    """The other form that `entry` chose for a kind of linear `[N, K]`, and the times that speak for it; None where it
+    stays as it is stored. Raises InputError naming `where` for int4 that would change its numbers."""
+    kind = (op, scheme, shape)
+    verdict = next((known for known in entry.linears if (known.op, known.scheme, known.shape) == kind), None)
+    own = own_form(scheme)
+    if verdict is None or verdict.choice == own or scheme.prompt_static:
+        return None
+    if verdict.choice != "dense" and (verdict.choice != "int4" or exact_int4(scheme) is None or op == "tied"):
+        raise InputError(
+            f"{where}: {scheme.pattern} {scheme.numbers} cannot run as {verdict.choice} without changing its numbers;"
+            " write the file again with `halfweight bench --apply`"
+        )
+    times = verdict.microseconds
+    both = {verdict.choice, own} <= times.keys()
+    measured = f" {times[verdict.choice]:.0f} us against {times[own]:.0f}" if both else ""
+    return verdict.choice, f"verdict: {verdict.choice}, measured{measured}"
+
+
 def apply(model: nn.Module, entry: Entry, dtype: torch.dtype, where: str) -> Applied:
     """Give every compressed weight of `model` the form that `entry` chose for its kind; `dtype` is the model's.
 
     Kinds without a verdict stay as they are. Raises InputError naming `where` for an int4 verdict that is not exact.
     """
-    verdicts = {(verdict.op, verdict.scheme, verdict.shape): verdict for verdict in entry.linears}
     applied = Applied()
     for name, module in model.named_modules():
         if not isinstance(module, CompressedWeight):
             continue
-        verdict = verdicts.get((module.op, module.scheme, module.shape))
-        if verdict is None or verdict.choice == own_form(module.scheme) or module.scheme.prompt_static:
+        change = form_of(entry, module.op, module.scheme, module.shape, f"{where}: {name}")
+        if change is None:
             continue
-        times = verdict.microseconds
-        reason = f"verdict: {verdict.choice}, measured" + (
-            f" {times[verdict.choice]:.0f} us against {times[own_form(module.scheme)]:.0f}"
-            if {verdict.choice, own_form(module.scheme)} <= times.keys()
-            else ""
-        )
-        if verdict.choice == "dense":
+        choice, reason = change
+        if choice == "dense":
             use_dense(module, reason)
             applied.dense += 1
             applied.extra_bytes += module.shape[0] * module.shape[1] * dtype.itemsize
-            continue
-        target = exact_int4(module.scheme) if verdict.choice == "int4" and module.op != "tied" else None
-        if target is None:
-            raise InputError(
-                f"{where}: {name}: {module.scheme.pattern} {module.scheme.numbers} cannot run as {verdict.choice}"
-                " without changing its numbers; write the file again with `halfweight bench --apply`"
-            )
-        module.form = Int4Form(reason)
-        applied.int4 += 1
-        applied.extra_bytes += storage.stored_bits(target.dense, module.shape, dtype) // 8
+        else:
+            module.form = Int4Form(reason)
+            applied.int4 += 1
+            applied.extra_bytes += storage.stored_bits(int4_scheme(module.scheme), module.shape, dtype) // 8
     return applied
+
+
+def int4_scheme(scheme: LinearScheme) -> LinearScheme:
+    """The dense int4 scheme with the same numbers, for one that `form_of` allowed it."""
+    target = exact_int4(scheme)
+    assert target is not None
+    return target.dense
 
 
 def use_dense(module: CompressedWeight, reason: str) -> None:
@@ -225,10 +241,8 @@ class Int4Form:
         return dispatch.verify(self._weight(module, dtype), dtype, tokens, seed)
 
     def _weight(self, module: Any, dtype: torch.dtype) -> Weight:
-        target = exact_int4(module.scheme)
-        assert target is not None  # `apply` has looked
         converted = as_int4(module.scheme, module.stored(), module.shape)
-        return storage.weight_of(target.dense, converted, module.shape, dtype)
+        return storage.weight_of(int4_scheme(module.scheme), converted, module.shape, dtype)
 
 
 def _processor() -> str:

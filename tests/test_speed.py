@@ -147,6 +147,21 @@ def test_verdicts_hold_for_their_device_dtype_and_bucket_alone(own: Path) -> Non
     assert backends(batch_size=3, verdicts=False) == {"cpu"}
 
 
+def test_inspect_says_what_loading_does(own: Path) -> None:
+    def seen(**where: Any) -> set[tuple[str | None, str | None]]:
+        layers = halfweight.inspect_checkpoint(own, **where).layers
+        return {(layer.backend, layer.form) for layer in layers if layer.pattern == "2:4"}
+
+    verdicts.write(own, [entry_for(own, "dense")])
+    assert seen(device="cpu") == {("dense", "dense")}
+    assert seen(device="cpu", dtype="bfloat16") == {("cpu", None)}
+    assert seen() == {(None, None)}
+    verdicts.write(own, [entry_for(own, "int4")])  # 16-bit numbers are on no grid
+    for read in (halfweight.load, lambda folder: halfweight.inspect_checkpoint(folder, device="cpu")):
+        with pytest.raises(halfweight.InputError, match=r"verdicts\.json: \S+_proj: 2:4 .* cannot run as int4"):
+            read(own)
+
+
 def test_writing_merges(own: Path) -> None:
     verdicts.write(own, [entry_for(own, "dense"), entry_for(own, "dense", tokens=4)])
     verdicts.write(own, [entry_for(own, "sparse")])
