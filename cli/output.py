@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from ..compress.report import OnProgress, Progress
 
-out = Console()
+# Files and pipes have no width; rich would fold what they get at 80 columns.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = Console(stderr=True)
 
 _STAGES = {
