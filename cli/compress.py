@@ -44,7 +44,7 @@ def compress(
     activation_memory: options.ActivationMemory = None,
     json: options.Json = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.BlockDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Calibrate, compress, write, reload and verify. An interrupted run resumes with the same command.

@@ -39,6 +39,13 @@ Json = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto (float32 on CPU), float32, bfloat16, float16.")]
+BlockDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Compute dtype: auto (on CPU bfloat16 if it multiplies that, else float32), float32, bfloat16, float16.",
+    ),
+]
 ActivationMemory = Annotated[
     float | None,
     typer.Option(

@@ -33,7 +33,7 @@ def plan(
     activation_memory: options.ActivationMemory = None,
     json: options.Json = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.BlockDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show what a compression would do: per-layer table, effective bits, memory, disk, time. Reads no weights.

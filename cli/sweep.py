@@ -40,7 +40,7 @@ def sweep(
     ] = False,
     json: options.Json = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.BlockDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """How far a model can be pruned: perplexity by method, pattern and density, with the knees of each curve.
