@@ -38,7 +38,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not tear the last line apart
-        fail("interrupted; compress, sweep, eval --tasks and eval --json go on with the same command", 130)
+        fail("interrupted; compress, sweep, --tasks, and eval and compare with --json go on with the same command", 130)
     except BrokenPipeError:
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
