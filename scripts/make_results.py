@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from halfweight.compress.recipe import Recipe, named_recipes
-from halfweight.eval.report.facts import Rivals, Run, Scored, parse
+from halfweight.eval.report.facts import Rivals, Run, Scored, Searched, parse
 from halfweight.eval.report.page import escape_markdown
 from halfweight.eval.report.parts import duration, size
 from halfweight.eval.report.speed_section import smallest_batch
@@ -94,13 +94,21 @@ def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:
     return dict(value.split("=", 1) for value in values)
 
 
-def by_flags(recipe: Recipe) -> list[str]:
-    """What flags made of a shipped recipe, such as `no tuning.end_to_end`; what it was calibrated on is left out."""
+def by_flags(recipe: Recipe, searched: Searched | None = None) -> list[str]:
+    """What flags made of a shipped recipe, such as `no tuning.end_to_end`; what it was calibrated on is left out.
+
+    A run that `searched` has what it found in its recipe, in place of the search; that is no change.
+    """
     if recipe.name not in named_recipes():
         return []
     own, shipped = (
         one.model_dump(exclude={"calibration", "description"}) for one in (recipe, Recipe.load(recipe.name))
     )
+    if searched is not None:
+        own["search"] = searched.settings.model_dump()
+        for stage, asked in zip(own["stages"], shipped["stages"], strict=True):
+            if stage["selection"] and asked["selection"]:
+                stage["selection"] |= {key: asked["selection"][key] for key in ("profile", "allocation")}
     return changes(own, shipped)
 
 
@@ -132,7 +140,7 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
     row: Row = {
         "model": names.get(Path(run.model).name, Path(run.model).name),
         "recipe": recipe.name,
-        "changes": by_flags(recipe),
+        "changes": by_flags(recipe, run.searched),
         "text_tokens": text_tokens(recipe),
         "tuned": None if recipe.tuning is None else recipe.tuning.model_dump(mode="json"),
         "effective_bits": run.effective_bits,

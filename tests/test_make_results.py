@@ -7,12 +7,14 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import load_script
 from halfweight import Recipe
-from halfweight.eval.report.facts import RivalRow
+from halfweight.compress.passes.base import LinearBudget
+from halfweight.eval.report.facts import RivalRow, Searched
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -118,6 +120,22 @@ def test_what_flags_change_is_said() -> None:
     half = best.model_copy(update={"stages": (stage.model_copy(update={"group_size": 32}),)})
     assert changed(half) == ["stages.0.group_size=32"]
     assert changed(best.model_copy(update={"name": "mine"}).with_tuning("block")) == []
+
+
+def test_what_a_search_found_is_no_change() -> None:
+    changed, asked = load_script("make_results").by_flags, Recipe.load("teal-65-fisher-searched")
+    (stage,) = asked.stages
+    assert stage.selection is not None and asked.search is not None
+    reads = {"model.layers.0": LinearBudget(sparsity=0.5, channels=1.0)}
+    selection = stage.selection.model_copy(update={"profile": reads, "allocation": "uniform"})
+    found = asked.model_copy(update={"search": None, "stages": (stage.model_copy(update={"selection": selection}),)})
+
+    def by_search(**settings: Any) -> Searched:
+        searched = {"settings": asked.search.model_dump(mode="json") | settings, "groups": [[0]], "chosen": 1}
+        return Searched.model_validate(searched)
+
+    assert changed(found, by_search()) == []
+    assert changed(found, by_search(trials=8)) == ["search.trials=8"]
 
 
 def test_what_is_read_counts_where_tokens_select() -> None:

@@ -65,7 +65,7 @@ class SearchStep(_File):
     channels: list[float] = []
 
 
-class Settings(_File):
+class Settings(_File, extra="allow"):
     """What a search in report.json was asked for."""
 
     method: str
