@@ -115,6 +115,7 @@ def plot_sweep(report: SweepReport, file: Path) -> None:
 
     Controls leave the picture where they would press everything else to its bottom.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -164,8 +165,10 @@ def plot_sweep(report: SweepReport, file: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     temporary = file.with_name(f".{file.name}.tmp")
-    with disk_errors(file):
-        figure.savefig(temporary, format=file.suffix.removeprefix("."), dpi=150)
+    # The same file for the same sweep, and its text as text.
+    with disk_errors(file), rc_context({"svg.hashsalt": "halfweight", "svg.fonttype": "none"}):
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        figure.savefig(temporary, format=file.suffix.removeprefix("."), dpi=150, metadata=metadata)
         commit(temporary, file)
 
 
