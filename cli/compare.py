@@ -83,7 +83,7 @@ def compare(
             resume=partial_of(json),
             progress=lambda name, done, total: progress(Progress(name, done, total)),
         )
-    write_json(json, result)
+    write_json(json, result, partial_of(json))
     show(result, source.name)
 
 

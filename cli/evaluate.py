@@ -111,7 +111,7 @@ def evaluate(
         show_activations(profile, source.name)
     elif tasks is None:
         measured = measured.model_copy(update={"model": source.name})
-        write_json(json, measured)
+        write_json(json, measured, partial_of(json))
         show_perplexity(measured)
     else:
         _tasks(source, tasks, results, limit, num_fewshot, batch_size, json, device, dtype)

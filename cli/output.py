@@ -61,9 +61,9 @@ def partial_of(json: Path | None) -> Path | None:
     return json.with_name(json.name + ".partial") if json is not None and _is_plain(json) else None
 
 
-def write_json(file: Path | None, result: BaseModel) -> None:
-    """Write `result` to `file` unless it is None, and delete its `partial_of`; raises RunError when it cannot be
-    written."""
+def write_json(file: Path | None, result: BaseModel, partial: Path | None = None) -> None:
+    """Write `result` to `file` unless it is None, and then delete `partial`, which it stands for; raises RunError when
+    it cannot be written."""
     if file is None:
         return
     from ..serving.durable import disk_errors, write_text
@@ -74,7 +74,8 @@ def write_json(file: Path | None, result: BaseModel) -> None:
             file.write_text(text, encoding="utf-8")
         return
     write_text(file, text)
-    file.with_name(file.name + ".partial").unlink(missing_ok=True)  # not before the result is there
+    if partial is not None:
+        partial.unlink()
 
 
 def _is_plain(file: Path) -> bool:
