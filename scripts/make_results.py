@@ -148,7 +148,7 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
         "bytes": run.bytes,
         "dev": run.dev.model_dump(),
         "worst_error": max((layer.error for layer in run.layers), default=0.0),
-        "seconds": run.seconds,
+        "seconds": None if run.blocks_resumed else run.seconds,  # else of a part of the run
         "peak_rss_gb": run.peak_rss_gb,
         "threads": None if run.provenance is None else run.provenance.threads,
         "seed": run.seed,
@@ -234,8 +234,9 @@ PROTOCOL = (
     " its windows, which choose the inputs: not to be compared with other rows. The worst error is the largest share of"
     " output energy that one linear lost, before tuning. Speed is `halfweight bench`, at the smallest batch, each model"
     " in its best setting on the device in results.json; `-` where it was not measured. Times are of whole runs on two"
-    " CPU cores: with the threads that results.json names and, with one, beside other runs. A row is of the version"
-    " that measured it. Other tools' numbers are those of `scripts/compare_llmcompressor.py`."
+    " CPU cores: with the threads that results.json names and, with one, beside other runs; `-` where a run was"
+    " interrupted. A row is of the version that measured it. Other tools' numbers are those of"
+    " `scripts/compare_llmcompressor.py`."
 )
 
 
@@ -261,7 +262,7 @@ def table(rows: Sequence[Row]) -> str:
                     "-" if speed is None or speed[ratio] is None else f"{speed[ratio]:.2f}"
                     for ratio in ("ratio_to_dense", "ratio_to_int4")
                 ),
-                duration(row["seconds"]),
+                "-" if row["seconds"] is None else duration(row["seconds"]),
                 f"{row['peak_rss_gb']:.2f}",
             ]
         )

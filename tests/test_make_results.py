@@ -122,6 +122,16 @@ def test_what_flags_change_is_said() -> None:
     assert changed(best.model_copy(update={"name": "mine"}).with_tuning("block")) == []
 
 
+def test_an_interrupted_run_has_no_time(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(artifact, tmp_path / "run", 33.25)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (folder / "report.json").write_text(json.dumps(report | {"blocks_resumed": 1}), encoding="utf-8")
+    run(monkeypatch, folder, "--out", tmp_path / "results")
+    page = (tmp_path / "results" / "README.md").read_text(encoding="utf-8")
+    cells = dict(zip(*(cells_of(page, start) for start in ("| recipe", "| small")), strict=True))
+    assert cells["time"] == "-"
+
+
 def test_what_a_search_found_is_no_change() -> None:
     changed, asked = load_script("make_results").by_flags, Recipe.load("teal-65-fisher-searched")
     (stage,) = asked.stages

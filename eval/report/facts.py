@@ -95,6 +95,7 @@ class Run(_File):
     note: str | None = None
     recipe: str
     seconds: float
+    blocks_resumed: int = 0
     peak_rss_gb: float
     effective_bits: float
     effective_bits_model: float
