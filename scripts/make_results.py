@@ -148,7 +148,7 @@ def read_run(folder: Path, names: dict[str, str]) -> Row:
         "bytes": run.bytes,
         "dev": run.dev.model_dump(),
         "worst_error": max((layer.error for layer in run.layers), default=0.0),
-        "seconds": None if run.blocks_resumed else run.seconds,  # else of a part of the run
+        "seconds": None if run.blocks_resumed else run.seconds,  # a resumed run knows its last part's alone
         "peak_rss_gb": run.peak_rss_gb,
         "threads": None if run.provenance is None else run.provenance.threads,
         "seed": run.seed,
