@@ -168,8 +168,8 @@ def _runs(
     """`backend`, `reason` and `form` for a compressed linear at `place`."""
     if scheme is None or place is None:
         return {}
-    op = module.op if isinstance(module, CompressedWeight) else scheme.op
-    change = None if place.entry is None else verdicts.form_of(place.entry, op, scheme, shape, where)
+    op = module.op if isinstance(module, CompressedWeight) else None  # its pattern has no packed form
+    change = None if op is None or place.entry is None else verdicts.form_of(place.entry, op, scheme, shape, where)
     if change is None:
         choice = expect("", scheme, shape, place.dtype, place.device, op)
         return {"backend": choice.backend, "reason": choice.reason}

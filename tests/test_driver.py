@@ -107,8 +107,9 @@ def test_other_patterns_are_stored_dense_with_measured_density(dense: Path, text
         {"pass": "magnitude", "pattern": "unstructured", "density": 0.3, "targets": ["*mlp.*"]},
     )
     compress_checkpoint(dense, recipe, out)
-    inspection = halfweight.inspect_checkpoint(out)
+    inspection = halfweight.inspect_checkpoint(out, device="cpu")
     assert len(inspection.layers) == 7 * BLOCKS
+    assert {layer.backend for layer in inspection.layers} == {"dense"}
     model = halfweight.load(out)
     for layer in inspection.layers:
         weight = model.get_submodule(layer.name).weight
